@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import Build
+from edgeq import backends, bundle
+from edgeq.backends.base import Session
+from edgeq.backends.onnx import session as onnx_session
+from edgeq.checkpoint import Checkpoint
+from edgeq.errors import BackendFault, UsageFault
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("2.5", {}),
+    ("2.5", {"tied": False}),
+    ("3", {}),
+    ("3", {"tied": False, "shards": 3}),
+    ("3.5", {}),
+    ("3.5", {"tied": False}),
+    ("3.5", {"multimodal": True, "shards": 2}),
+    ("3", {"dtype": "f32"}),
+]
+IDS = [(7 * n + 3) % 256 for n in range(150)]
+
+
+def load(folder: Path) -> Session:
+    return backends.get("onnx").load(folder, bundle.read(folder))
+
+
+def reference_logits(folder: Path) -> np.ndarray:
+    import torch
+
+    from edgeq import transformer
+
+    with torch.inference_mode():
+        model = transformer.instantiate(Checkpoint.open(folder), lambda _: True)
+        logits: np.ndarray = model(input_ids=torch.tensor([IDS])).logits[0].numpy()
+    return logits
+
+
+@pytest.mark.parametrize(("generation", "options"), VARIANTS)
+def test_sixteen_bit_logits_are_those_of_transformers(
+    built: Build, tiny: Build, generation: str, options: dict[str, Any]
+) -> None:
+    session = load(built(generation, "w16", **options))
+    tolerance = 2e-2 if options.get("dtype") == "f32" else 5e-4 if generation == "3.5" else 1e-4
+    np.testing.assert_allclose(session.logits(IDS), reference_logits(tiny(generation, **options)), atol=tolerance)
+
+
+@pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
+def test_a_prompt_in_chunks_gives_the_logits_of_one_run(
+    built: Build, generation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = load(built(generation, "w16"))
+    whole = session.logits(IDS[:100])
+    monkeypatch.setattr(onnx_session, "CHUNK", 7)
+    np.testing.assert_allclose(session.logits(IDS[:100]), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", ["w16", "w4g32-e8-rtn"])
+@pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
+def test_decoding_step_by_step_takes_the_likeliest_token_of_the_whole_sequence(
+    built: Build, generation: str, recipe: str
+) -> None:
+    session = load(built(generation, recipe))
+    tokens = list(session.generate(IDS[:40], 12))
+    logits = session.logits(IDS[:40] + tokens)[39:-1]
+    chosen = logits[np.arange(12), tokens]
+    np.testing.assert_allclose(chosen, logits.max(axis=1), atol=1e-3 if recipe == "w16" else 5e-2)
+
+
+def test_a_second_generation_does_not_remember_the_first(built: Build) -> None:
+    session = load(built("3.5", "w4g32-e8-rtn"))
+    first = list(session.generate(IDS[:20], 8))
+    list(session.generate(IDS[50:90], 8))
+    assert list(session.generate(IDS[:20], 8)) == first
+
+
+def test_more_tokens_than_the_context_are_refused_with_the_number(built: Build) -> None:
+    session = load(built("3", "w4g32-e8-rtn"))
+    with pytest.raises(UsageFault, match="context of 256"):
+        next(session.generate(IDS, 200))
+
+
+def test_a_model_that_onnx_runtime_refuses_is_a_backend_fault(built: Build, tmp_path: Path) -> None:
+    folder = built("3", "w4g32-e8-rtn")
+    broken = Path(shutil.copytree(folder, tmp_path / "broken"))
+    (broken / "model.onnx").write_bytes(b"not a model")
+    with pytest.raises(BackendFault, match="cannot load"):
+        backends.get("onnx").load(broken, bundle.read(folder))

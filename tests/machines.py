@@ -1,0 +1,145 @@
+"""Small /proc and /sys trees of machines that tests cannot own; each function fills a folder and returns it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+AVX2 = "fpu sse4_2 avx f16c fma avx2 lm"
+AVX512_VNNI = f"{AVX2} avx512f avx512dq avx512bw avx512vl avx512_vnni avx512_bf16"
+ARMV8_2 = "fp asimd evtstrm aes crc32 atomics fphp asimdhp cpuid asimdrdm asimddp"
+A55, A76, A78AE = "0xd05", "0xd0b", "0xd42"
+
+
+def write(root: Path, files: Mapping[str, str]) -> Path:
+    """Write texts by their paths below `root`."""
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def memory(ram_kb: int, swap_kb: int = 0) -> dict[str, str]:
+    """/proc/meminfo with its two sizes in KiB."""
+    return {"proc/meminfo": f"MemTotal:       {ram_kb} kB\nMemFree:        1024 kB\nSwapTotal: {swap_kb} kB\n"}
+
+
+def process(cpus: str, cgroup: str = "0::/\n") -> dict[str, str]:
+    """The running process: its CPUs as a kernel list, and its control groups."""
+    return {"proc/self/status": f"Name:\tpython\nCpus_allowed_list:\t{cpus}\n", "proc/self/cgroup": cgroup}
+
+
+def cpus(siblings: Sequence[str], **files: Sequence[int | str]) -> dict[str, str]:
+    """One folder in /sys per CPU: hardware threads of its core as a kernel list, and files by name (`__` is `/`)."""
+    top = "sys/devices/system/cpu"
+    found = {f"{top}/online": f"0-{len(siblings) - 1}\n"}
+    for cpu, threads in enumerate(siblings):
+        found[f"{top}/cpu{cpu}/topology/core_cpus_list"] = f"{threads}\n"
+        for name, values in files.items():
+            found[f"{top}/cpu{cpu}/{name.replace('__', '/')}"] = f"{values[cpu]}\n"
+    return found
+
+
+def x86(model: str, flags: str, count: int) -> dict[str, str]:
+    """/proc/cpuinfo of an x86-64 processor."""
+    block = "processor\t: {}\nmodel name\t: {}\nflags\t\t: {}\npower management:\n"
+    return {"proc/cpuinfo": "\n".join(block.format(cpu, model, flags) for cpu in range(count))}
+
+
+def arm(parts: Sequence[str], features: str = ARMV8_2) -> dict[str, str]:
+    """/proc/cpuinfo of an Arm processor, one part number per CPU."""
+    block = "processor\t: {}\nBogoMIPS\t: 48.00\nFeatures\t: {}\nCPU implementer\t: 0x41\nCPU part\t: {}\n"
+    return {"proc/cpuinfo": "\n".join(block.format(cpu, features, part) for cpu, part in enumerate(parts))}
+
+
+def system(name: str, kernel: str) -> dict[str, str]:
+    """Names of the distribution and of the kernel."""
+    return {"etc/os-release": f'NAME="{name}"\nPRETTY_NAME="{name}"\n', "proc/sys/kernel/osrelease": f"{kernel}\n"}
+
+
+def board(model: str) -> dict[str, str]:
+    """Device tree's name of the board, with the NUL that the kernel appends."""
+    return {"proc/device-tree/model": f"{model}\0"}
+
+
+def cloud_vm(root: Path) -> Path:
+    """Two cores of an EPYC with AVX-512 VNNI, version 1 control groups, no clock control."""
+    return write(
+        root,
+        x86("AMD EPYC", AVX512_VNNI, 2)
+        | cpus(("0", "1"), cpu_capacity=(1024, 1024))
+        | memory(24684084)
+        | process("0-1", "9:name=systemd:/\n4:memory:/jobs/7\n1:cpu,cpuacct:/\n0::/\n")
+        | {"sys/fs/cgroup/memory/jobs/7/memory.limit_in_bytes": "9223372036854771712\n"}
+        | {
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "-1\n",
+            "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000",
+        }
+        | system("Debian GNU/Linux 12 (bookworm)", "6.18.44"),
+    )
+
+
+def desktop(root: Path) -> Path:
+    """Four cores with two threads each, AVX2 only, one favoured core, swap."""
+    return write(
+        root,
+        x86("AMD Ryzen 5 3400G", AVX2, 8)
+        | cpus(
+            ("0,4", "1,5", "2,6", "3,7") * 2,
+            cpufreq__cpuinfo_max_freq=(4200000, 4100000, 4100000, 4100000) * 2,
+            cpufreq__scaling_governor=("schedutil",) * 8,
+        )
+        | memory(16307592, 8388604)
+        | process("0-7")
+        | system("Ubuntu 24.04.3 LTS", "6.8.0-64-generic"),
+    )
+
+
+def raspberry_pi_5(root: Path, ram_kb: int = 8255472) -> Path:
+    """Raspberry Pi 5; the 8 GB board unless told otherwise."""
+    return write(
+        root,
+        arm((A76,) * 4)
+        | cpus(("0", "1", "2", "3"), cpufreq__scaling_governor=("ondemand",) * 4)
+        | memory(ram_kb, 524272)
+        | process("0-3")
+        | board("Raspberry Pi 5 Model B Rev 1.0")
+        | system("Debian GNU/Linux 12 (bookworm)", "6.12.25+rpt-rpi-2712"),
+    )
+
+
+def jetson_orin_nano_super(root: Path, model: str = "Orin Nano Engineering Reference Developer Kit Super") -> Path:
+    """Jetson Orin Nano Super developer kit, 8 GB."""
+    return write(
+        root,
+        arm((A78AE,) * 6)
+        | cpus(tuple(map(str, range(6))), cpufreq__scaling_governor=("schedutil",) * 6)
+        | memory(7802752, 3901376)
+        | process("0-5")
+        | board(f"NVIDIA Jetson {model}")
+        | system("Ubuntu 22.04.5 LTS", "5.15.148-tegra"),
+    )
+
+
+def container(root: Path) -> Path:
+    """The desktop's kernel seen from a version 2 control group: 4 GiB by the parent, 6 GiB and 2.5 CPUs by itself."""
+    return write(
+        desktop(root),
+        process("0-7", "0::/kube/pod\n")
+        | {"sys/fs/cgroup/kube/memory.max": f"{4 << 30}\n", "sys/fs/cgroup/kube/cpu.max": "max 100000\n"}
+        | {"sys/fs/cgroup/kube/pod/memory.max": f"{6 << 30}\n", "sys/fs/cgroup/kube/pod/cpu.max": "250000 100000\n"},
+    )
+
+
+def rk3588(root: Path) -> Path:
+    """Four small and four big cores; the big pairs differ slightly."""
+    return write(
+        root,
+        arm((A55,) * 4 + (A76,) * 4)
+        | cpus(tuple(map(str, range(8))), cpu_capacity=(530,) * 4 + (1024, 1024, 1004, 1004))
+        | memory(16200000)
+        | process("0-7")
+        | board("Radxa ROCK 5B")
+        | system("Armbian 25.5", "6.1.115-vendor-rk35xx"),
+    )

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+
+from edgeq import bundle, data, profiles
+from edgeq.errors import UsageFault
+from edgeq.machine import Machine
+from edgeq.profiling.measure import Plan, profile
+from edgeq.target import Target
+
+_PLAN = Plan(prompts=(8, 24), tokens=6, depths=(0, 16), repetitions=2)
+_PROMISED: dict[str, Any] = {
+    "schema": {},
+    "bundle": {"digest", "bytes", "bits_per_weight"},
+    "model": {},
+    "generation": {},
+    "recipe": {},
+    "backend": {},
+    "provider": {},
+    "target": {},
+    "machine": {"cpu_model", "arch", "isa", "memory_bytes"},
+    "load": {"warm_s", "cold_s"},
+    "first_token_s": {"median", "low", "high", "cv", "samples"},
+    "prefill": {},
+    "decode": {},
+    "memory": {"peak_rss_bytes", "load", "prefill", "decode", "device_peak_bytes", "kv_cache_bytes_per_token"},
+    "energy": {"decode_j_per_token", "prefill_j_per_token", "sensor", "scope", "reason"},
+    "accuracy": {
+        *("reference", "tokens", "text_sha256", "perplexity_reference", "perplexity", "ln_ratio", "kl_mean", "kl_low"),
+        *("kl_high", "kl_p50", "kl_p99", "kl_max", "top1_agreement", "flips"),
+    },
+    "sustained": {},
+    "health": {"repetitions"},
+    "valid": {},
+    "grade": {},
+    "reasons": {},
+}
+
+
+_QWEN3 = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 28,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "head_dim": 128,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+
+
+def _silent(label: str, done: int, total: int) -> None:
+    assert 0 <= done <= total
+
+
+def test_a_row_of_the_null_backend(null_bundle: Path, target: Target, machine: Machine, tmp_path: Path) -> None:
+    row = profile(null_bundle, target, machine, _PLAN, progress=_silent)
+    document = json.loads(data.to_json(row))
+    for key, inner in _PROMISED.items():
+        assert set(inner) <= (set(document[key]) if inner else set()), key
+        assert key in document
+    assert [(one["tokens"], one["depth"]) for one in document["prefill"]] == [(8, 0), (24, 0)]
+    assert [(one["tokens"], one["depth"]) for one in document["decode"]] == [(6, 0), (6, 16)]
+    assert all(len(one["tokens_per_s"]["samples"]) >= 2 for one in document["prefill"] + document["decode"])
+    assert set(document["decode"][0]["gap_s"]) == {"p50", "p90", "p99", "max"}
+    assert document["accuracy"]["kl_max"] < 1e-9
+    assert document["accuracy"]["tokens"] == 4 * 23
+    assert document["first_token_from"] == "ids"
+    assert "prefill is measured at depth 0 only" in document["reasons"]
+    profiles.write(row, tmp_path / "row.json")
+    assert profiles.read(tmp_path / "row.json") == row
+
+
+def test_what_is_null_has_a_reason(null_bundle: Path, target: Target, machine: Machine) -> None:
+    row = profile(null_bundle, target, machine, Plan((8,), 4, (0,), 1, "none"), progress=_silent)
+    assert (row.accuracy, row.accuracy_reason) == (None, "not asked for")
+    assert row.sustained is None
+    assert row.sustained_reason
+    assert "KV cache" in (row.memory.reason or "")
+    assert (row.load.cold_s is None) == (row.load.reason is not None)
+    assert row.energy.decode_j_per_token is not None or row.energy.reason
+
+
+def test_without_a_reference_accuracy_says_so(null_bundle: Path, target: Target, machine: Machine) -> None:
+    (null_bundle / bundle.REFERENCE).unlink()
+    row = profile(null_bundle, target, machine, Plan((8,), 4, (0,), 1), progress=_silent)
+    assert (row.accuracy, row.accuracy_reason) == (None, "the bundle holds no reference.npz")
+
+
+def test_a_given_reference_comes_before_the_bundles_own(
+    null_bundle: Path, target: Target, machine: Machine, tmp_path: Path
+) -> None:
+    given = (null_bundle / bundle.REFERENCE).rename(tmp_path / "full.npz")
+    row = profile(null_bundle, target, machine, Plan((8,), 4, (0,), 1, "full"), progress=_silent, full_reference=given)
+    assert row.accuracy is not None
+    assert row.accuracy.kl_mean < 1e-9
+
+
+def test_a_tokenizer_makes_first_token_start_from_text(null_bundle: Path, target: Target, machine: Machine) -> None:
+    tokenizer = Tokenizer(WordLevel({f"word{one}": one for one in range(300)}, unk_token="word0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(null_bundle / "tokenizer.json"))
+    row = profile(null_bundle, target, machine, Plan((8,), 4, (0,), 1, "none"), progress=_silent)
+    assert row.first_token_from == "text"
+
+
+def test_kv_cache_of_the_onnx_backend_is_predicted(
+    null_bundle: Path, target: Target, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "from edgeq import backends\nbackends._MODULES['onnx'] = backends._MODULES['null']\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    manifest = msgspec.structs.replace(bundle.read(null_bundle), backend="onnx", config=_QWEN3)
+    (null_bundle / bundle.MANIFEST).write_bytes(msgspec.json.encode(bundle.seal(manifest)))
+    row = profile(null_bundle, target, machine, Plan((8,), 4, (0,), 1, "none"), progress=_silent)
+    assert row.memory.kv_cache_bytes_per_token == 2 * 28 * 8 * 128 * 4
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        (Plan(prompts=(200,), tokens=100), "context of 256"),
+        (Plan(prompts=(8,), tokens=8, depths=(0, 250)), "context of 256"),
+        (Plan(tokens=1), "at least 2 tokens"),
+        (Plan(prompts=()), "prompts of at least 1"),
+        (Plan(depths=(-1,)), "depths of at least 0"),
+        (Plan(repetitions=0), "1 repetition"),
+        (Plan(accuracy="some"), "none, quick, full"),
+    ],
+)
+def test_an_impossible_plan_is_refused(
+    null_bundle: Path, target: Target, machine: Machine, plan: Plan, words: str
+) -> None:
+    with pytest.raises(UsageFault) as caught:
+        profile(null_bundle, target, machine, plan, progress=_silent)
+    assert words in str(caught.value)
+
+
+def test_measuring_imports_no_engine() -> None:
+    heavy = "{'torch', 'transformers', 'onnxruntime', 'tokenizers', 'onnxruntime_genai'}"
+    code = f"import sys, edgeq.profiling.measure; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+
+import machines
+from edgeq import backends, detect, target
+from edgeq.errors import MissingTool, UsageFault
+from edgeq.machine import Accelerator, Machine, this_machine
+
+MACHINES = [
+    (machines.cloud_vm, "x86-avx512-vnni"),
+    (machines.desktop, "x86-avx2"),
+    (machines.container, "x86-avx2"),
+    (machines.raspberry_pi_5, "raspberry-pi-5-8gb"),
+    (machines.jetson_orin_nano_super, "jetson-orin-nano-super-8gb"),
+    (machines.rk3588, None),
+]
+
+
+@pytest.fixture
+def vm(tmp_path: Path) -> Machine:
+    return this_machine(machines.cloud_vm(tmp_path))
+
+
+@pytest.mark.parametrize(("make", "name"), MACHINES)
+def test_each_machine_is_its_target_and_no_other(
+    tmp_path: Path, make: Callable[[Path], Path], name: str | None
+) -> None:
+    machine = this_machine(make(tmp_path))
+    found = detect.closest(machine)
+    assert (found and found.name) == name
+    assert [word for word in target.names() if detect.mismatch(target.load(word), machine) is None] == [name] * (
+        name is not None
+    )
+
+
+def test_host_is_the_shipped_target_with_its_gaps_filled_from_the_machine(vm: Machine) -> None:
+    found = detect.resolve("HOST", vm)
+    assert found.name == "x86-avx512-vnni"
+    assert found.memory.total_bytes is not None
+    assert (found.memory.total_bytes.value, found.memory.total_bytes.source) == (vm.memory_bytes, detect.READ_HERE)
+    assert found.cpu.cores is not None
+    assert found.cpu.cores.value == 2
+
+
+def test_an_unknown_board_is_a_target_named_host(tmp_path: Path) -> None:
+    machine = this_machine(machines.rk3588(tmp_path))
+    found = detect.resolve("host", machine)
+    assert (found.name, found.api, found.host) == ("host", "cpu", "aarch64-linux-gnu")
+    assert found.backends == ("onnx", "llamacpp")
+    assert found.cpu.isa == machine.isa
+    assert detect.mismatch(found, machine) is None
+
+
+def test_an_unknown_machine_with_a_gpu_is_a_cuda_target(vm: Machine) -> None:
+    gpu = Accelerator(name="NVIDIA GeForce RTX 4060", api="cuda", arch="sm_89")
+    machine = msgspec.structs.replace(vm, isa=("avx2",), accelerators=(gpu,))
+    found = detect.resolve("host", machine)
+    assert found.api == "cuda"
+    assert found.gpu is not None
+    assert found.gpu.arch == "sm_89"
+
+
+def test_another_architecture_is_refused(vm: Machine) -> None:
+    with pytest.raises(UsageFault, match="riscv64"):
+        detect.resolve("host", msgspec.structs.replace(vm, arch="riscv64"))
+
+
+def test_other_names_are_looked_up() -> None:
+    assert detect.resolve("pi5").name == "raspberry-pi-5-8gb"
+
+
+def test_host_always_matches(tmp_path: Path, vm: Machine) -> None:
+    assert detect.mismatch(detect.resolve("host", this_machine(machines.rk3588(tmp_path / "other"))), vm) is None
+
+
+def test_faster_instructions_make_another_device(vm: Machine) -> None:
+    assert "avx512f" in (detect.mismatch(target.load("x86-avx2"), vm) or "")
+    assert "amx_int8" in (
+        detect.mismatch(target.load("x86-avx512-vnni"), msgspec.structs.replace(vm, isa=(*vm.isa, "amx_int8"))) or ""
+    )
+
+
+def test_a_board_with_other_memory_is_another_device(tmp_path: Path) -> None:
+    small = this_machine(machines.raspberry_pi_5(tmp_path, ram_kb=4127736))
+    assert "3.9 GiB" in (detect.mismatch(target.load("pi5"), small) or "")
+
+
+def test_a_limited_container_on_the_board_is_still_the_board(tmp_path: Path) -> None:
+    root = machines.raspberry_pi_5(tmp_path)
+    machines.write(root, {"sys/fs/cgroup/memory.max": f"{2 << 30}\n"})
+    machine = this_machine(root)
+    assert machine.memory_bytes == 2 << 30
+    assert detect.mismatch(target.load("pi5"), machine) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"arch": "x86_64"}, "x86_64"),
+        ({"os": "macOS 15.1"}, "macOS"),
+        ({"device_tree": None}, "containers may hide it"),
+        ({"device_tree": "NVIDIA Jetson Orin Nano Developer Kit"}, "Super"),
+        ({"isa": ("neon", "fp16")}, "no dotprod"),
+        ({"accelerators": ()}, "missing"),
+    ],
+)
+def test_each_difference_is_named(tmp_path: Path, change: dict[str, object], reason: str) -> None:
+    machine = this_machine(machines.jetson_orin_nano_super(tmp_path))
+    changed = msgspec.structs.replace(machine, **change)
+    assert reason in (detect.mismatch(target.load("jetson"), changed) or "")
+
+
+def test_backends_say_what_they_use_or_what_they_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> tuple[str, ...]:
+        raise MissingTool("llama-cpp-python is not installed", run="pip install llama-cpp-python")
+
+    modules = {"onnx": lambda: ("onnxruntime 1.32.0",), "llamacpp": missing}
+    monkeypatch.setattr(backends, "NAMES", tuple(modules))
+    monkeypatch.setattr(backends, "get", lambda name: SimpleNamespace(tools=modules[name]))
+    states = {state.name: (state.usable, state.reason) for state in detect.usable_backends(target.load("jetson"))}
+    assert states == {
+        "llamacpp": (False, "llama-cpp-python is not installed; Next: pip install llama-cpp-python"),
+        "mlc": (False, "not part of this edgeq"),
+        "onnx": (True, "onnxruntime 1.32.0"),
+    }

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+import machines
+from edgeq import detect, doctor, target
+from edgeq.detect import BackendState
+from edgeq.doctor import Check
+
+VERSIONS = {"numpy": "2.4.6", "onnxruntime": "1.32.0", "onnxruntime-genai": "0.18.0", "torch": "2.13.0+cpu"}
+REQUIRES = ["numpy>=1.26", "onnxruntime>=1.30", "torch>=2.8; extra == 'build'"]
+REQUIRES += ["onnxruntime-genai<0.19,>=0.18; extra == 'build'", "pytest>=8.3; extra == 'dev'"]
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, str]:
+    """Packages that doctor sees, a quiet environment, and one usable backend."""
+    versions = dict(VERSIONS)
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: REQUIRES)
+    monkeypatch.setattr(detect, "usable_backends", lambda found: (BackendState("onnx", True, "onnxruntime 1.32.0"),))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    for name in ("HF_TOKEN", "HF_HUB_CACHE", "ORT_DISABLE_TELEMETRY"):
+        monkeypatch.delenv(name, raising=False)
+    return versions
+
+
+def ask(root: Path, name: str = "x86-avx512-vnni") -> dict[str, Check]:
+    return {check.name: check for check in doctor.checks(target.load(name), root)}
+
+
+def test_a_sound_machine_fails_nothing(tmp_path: Path) -> None:
+    found = ask(machines.cloud_vm(tmp_path))
+    assert not [check for check in found.values() if check.status == "FAILED"]
+    assert {"python", "base packages", "build packages", "torch", "machine", "backend", "memory", "cores"} <= set(found)
+
+
+def test_a_remedy_is_given_exactly_where_a_check_did_not_pass(tmp_path: Path) -> None:
+    for name in ("x86-avx512-vnni", "jetson"):
+        for check in ask(machines.cloud_vm(tmp_path), name).values():
+            assert bool(check.remedy) == (check.status != "PASSED"), check
+            assert check.expected
+            assert check.observed
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "group", "expected"),
+    [
+        ("onnxruntime", "1.29.1", "base packages", "onnxruntime >=1.30"),
+        ("onnxruntime", None, "base packages", "onnxruntime >=1.30"),
+        ("onnxruntime-genai", "0.19.0", "build packages", "onnxruntime-genai <0.19,>=0.18"),
+        ("torch", None, "build packages", "torch >=2.8"),
+    ],
+)
+def test_a_missing_or_unfit_package_is_named(
+    tmp_path: Path, installed: dict[str, str], package: str, version: str | None, group: str, expected: str
+) -> None:
+    installed.pop(package)
+    if version:
+        installed[package] = version
+    check = ask(machines.cloud_vm(tmp_path))[group]
+    assert (check.status, check.expected) == ("FAILED", expected)
+    assert f"{package} {version or 'missing'}" in check.observed
+
+
+def test_without_installed_metadata_the_packages_are_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> list[str]:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    assert ask(machines.cloud_vm(tmp_path))["base packages"].status == "UNKNOWN"
+
+
+@pytest.mark.parametrize(
+    ("version", "status"), [("2.13.0+cpu", "PASSED"), ("2.13.0+cu130", "FAILED"), ("2.13.0", "UNKNOWN")]
+)
+def test_the_build_of_torch_is_read_from_its_version(
+    tmp_path: Path, installed: dict[str, str], version: str, status: str
+) -> None:
+    installed["torch"] = version
+    assert ask(machines.cloud_vm(tmp_path))["torch"].status == status
+
+
+def test_a_quota_and_a_limit_are_reported(tmp_path: Path) -> None:
+    found = ask(machines.container(tmp_path), "x86-avx2")
+    assert (found["cores"].status, found["cores"].observed) == ("UNKNOWN", "2 of 4")
+    assert found["memory"].observed == "4.3 GB (container's limit; the machine has 16.7 GB)"
+    assert (found["governor"].status, found["governor"].observed) == ("FAILED", "schedutil")
+    assert found["swap"].status == "UNKNOWN"
+
+
+def test_too_little_memory_fails(tmp_path: Path) -> None:
+    root = machines.cloud_vm(tmp_path)
+    machines.write(root, machines.memory(1000000))
+    assert ask(root)["memory"].status == "FAILED"
+
+
+def test_another_machine_than_the_target_is_said_so(tmp_path: Path) -> None:
+    found = ask(machines.cloud_vm(tmp_path), "jetson")
+    assert found["machine"].status == "FAILED"
+    assert "aarch64" in found["machine"].observed
+    assert found["gpu"].status == "UNKNOWN"
+
+
+def test_a_jetson_without_a_gpu_backend_fails(tmp_path: Path) -> None:
+    found = ask(machines.jetson_orin_nano_super(tmp_path), "jetson")
+    assert found["machine"].status == "PASSED"
+    assert found["gpu"].status == "FAILED"
+
+
+def test_no_usable_backend_fails_with_its_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(detect, "usable_backends", lambda found: (BackendState("onnx", False, "pip install onnx"),))
+    check = ask(machines.cloud_vm(tmp_path))["backend"]
+    assert (check.status, check.observed) == ("FAILED", "onnx: pip install onnx")
+
+
+def test_the_token_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    found = ask(machines.cloud_vm(tmp_path))
+    assert found["hub token"].status == "PASSED"
+    assert "hf_secret" not in repr(found)
+
+
+def test_switched_off_telemetry_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "1")
+    assert ask(machines.cloud_vm(tmp_path))["telemetry"].status == "PASSED"
+
+
+def test_a_cache_that_may_not_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert ask(machines.cloud_vm(tmp_path))["hub cache"].status == "FAILED"

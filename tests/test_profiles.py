@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from edgeq import data, profiles
+from edgeq.errors import CorruptInput
+
+_SPREAD = {"median": 35.1, "low": 34.8, "high": 35.5, "cv": 0.01, "samples": [34.8, 35.1, 35.5]}
+_PHASE = {"rss_bytes": 3 << 20, "anonymous_bytes": 1 << 20, "file_bytes": 2 << 20}
+_DOCUMENT: dict[str, Any] = {
+    "schema": 1,
+    "bundle": {"digest": "d" * 64, "bytes": 1000, "bits_per_weight": 4.5},
+    "model": "qwen3-0.6b",
+    "generation": "3",
+    "recipe": "w4g32-e8-rtn",
+    "backend": "null",
+    "provider": "null",
+    "target": "a-board",
+    "machine": {
+        "cpu_model": "a processor",
+        "arch": "aarch64",
+        "isa": ["neon"],
+        "cores": 4,
+        "threads": 4,
+        "memory_bytes": 1 << 30,
+        "ram_bytes": 1 << 30,
+        "swap_bytes": None,
+        "os": "Linux",
+        "kernel": None,
+        "device_tree": None,
+        "governor": None,
+        "accelerators": [],
+        "python": "3.11",
+    },
+    "load": {"warm_s": 0.5, "cold_s": None, "reason": "the page cache keeps the files"},
+    "first_token_s": _SPREAD,
+    "first_token_from": "text",
+    "prefill": [{"tokens": 128, "depth": 0, "tokens_per_s": _SPREAD}],
+    "decode": [
+        {"tokens": 128, "depth": 0, "tokens_per_s": _SPREAD, "gap_s": {"p50": 0.1, "p90": 0.2, "p99": 0.3, "max": 0.4}}
+    ],
+    "memory": {
+        "peak_rss_bytes": 3 << 20,
+        "load": _PHASE,
+        "prefill": _PHASE,
+        "decode": _PHASE,
+        "device_peak_bytes": None,
+        "kv_cache_bytes_per_token": 4096,
+        "reason": "device: no counter",
+    },
+    "energy": {
+        "decode_j_per_token": None,
+        "prefill_j_per_token": None,
+        "sensor": None,
+        "scope": None,
+        "reason": "no sensor",
+    },
+    "accuracy": None,
+    "accuracy_reason": "not asked for",
+    "sustained": None,
+    "sustained_reason": "no long run was made",
+    "health": {
+        "wait": 0.01,
+        "steal": None,
+        "temperature_c": 41.5,
+        "clock_hz": 2_400_000_000,
+        "throttle_events": 0,
+        "reason": None,
+        "repetitions": [],
+    },
+    "valid": True,
+    "grade": "A",
+    "reasons": [],
+}
+
+
+def _profile(**changes: object) -> profiles.Profile:
+    return msgspec.convert(_DOCUMENT | changes, profiles.Profile)
+
+
+def test_document_keeps_every_key_and_survives_a_round_trip(tmp_path: Path) -> None:
+    file = tmp_path / "a" / "b.json"
+    profiles.write(_profile(), file)
+    assert msgspec.json.decode(file.read_bytes()) == _DOCUMENT
+    assert profiles.read(file) == _profile()
+    assert [path.name for path in file.parent.iterdir()] == ["b.json"]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        _DOCUMENT | {"tokens_per_second": 35},
+        {key: value for key, value in _DOCUMENT.items() if key != "grade"},
+        _DOCUMENT | {"valid": "yes"},
+        _DOCUMENT | {"schema": 2},
+    ],
+    ids=["unknown", "missing", "type", "schema"],
+)
+def test_read_is_strict(tmp_path: Path, document: dict[str, Any]) -> None:
+    file = tmp_path / "profile.json"
+    file.write_bytes(msgspec.json.encode(document))
+    with pytest.raises(CorruptInput, match=r"profile\.json"):
+        profiles.read(file)
+
+
+def test_path_names_the_combination() -> None:
+    found = profiles.path("pi-5", "qwen3-0.6b", "w4g32-e8-rtn", "onnx")
+    assert found == data.folder("profiles") / "pi-5" / "qwen3-0.6b.w4g32-e8-rtn.onnx.json"
+
+
+@pytest.mark.parametrize("model", ["../../etc/passwd", "Qwen/Qwen3-0.6B", "/tmp/model", "..", "a\\b"])
+def test_path_stays_below_its_target(tmp_path: Path, model: str) -> None:
+    found = profiles.path("..", model, "r", "b", root=tmp_path)
+    assert found.parent == tmp_path / "unnamed"
+    assert found.resolve() == found

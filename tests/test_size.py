@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from edgeq import catalog, size
+from edgeq.model import Model
+from edgeq.recipe import SHIPPED, parse
+
+
+def bytes_by_hand(model: Model, body: float, table: float) -> float:
+    total = 0.0
+    for name, shape in model.tensors().items():
+        count = float(shape[0])
+        for length in shape[1:]:
+            count *= length
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            total += count * table
+        elif len(shape) == 2 and not name.endswith(("in_proj_a.weight", "in_proj_b.weight")):
+            total += count * body
+        else:
+            total += count * 4
+    return total
+
+
+@pytest.mark.parametrize("name", catalog.names())
+def test_bytes_are_packed_bits_and_scales_and_float32_for_the_rest(name: str) -> None:
+    model = catalog.load(name).model
+    assert size.weight_bytes(model, parse("w4g32-e8-rtn")) == bytes_by_hand(model, 0.625, 1.125)
+    assert size.weight_bytes(model, parse("w8g32-e8-rtn")) == bytes_by_hand(model, 1.125, 1.125)
+    assert size.weight_bytes(model, parse("w4g32-e4-rtn")) == bytes_by_hand(model, 0.625, 0.625)
+    assert size.weight_bytes(model, parse("w16")) == 2 * model.parameters
+
+
+def test_bits_per_weight_are_the_mean_over_all_parameters() -> None:
+    model = catalog.load("qwen3-0.6b").model
+    assert size.bits_per_weight(model, parse("w16")) == 16
+    assert [round(size.bits_per_weight(model, parse(name)), 2) for name in SHIPPED[1:]] == [9.0, 6.05, 5.0]
+
+
+def test_projections_and_tables_are_quantized_and_nothing_else() -> None:
+    model = catalog.load("qwen3.5-0.8b").model
+    floats = {re.sub(r"model\.layers\.\d+\.", "", name) for name in model.tensors() if not size.is_quantized(name)}
+    assert floats == {
+        *("input_layernorm.weight", "post_attention_layernorm.weight", "model.norm.weight"),
+        *("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
+        *("linear_attn.in_proj_a.weight", "linear_attn.in_proj_b.weight", "linear_attn.conv1d.weight"),
+        *("linear_attn.dt_bias", "linear_attn.A_log", "linear_attn.norm.weight"),
+    }

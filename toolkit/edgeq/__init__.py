@@ -1,0 +1,27 @@
+"""edgeq: quantize, build, check and measure small Qwen models for edge devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgeq.building import Built
+    from edgeq.profiles import Profile
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "build", "profile"]
+
+
+def build(model: str, *, target: str, recipe: str = "auto", **options: Any) -> Built:
+    """Build a bundle; `options` are those of `building.plan`, and the errors are its and `building.build`'s."""
+    from edgeq import building
+
+    return building.build(building.plan(model, target=target, recipe_name=recipe, **options), lambda *_: None)
+
+
+def profile(bundle: str | Path, *, target: str | None = None, **options: Any) -> Profile:
+    """Measure a bundle on this machine; `options` are those of `profiling.run.profile`, the errors too."""
+    from edgeq.profiling import run
+
+    return run.profile(Path(bundle), target=target, progress=lambda *_: None, **options)

@@ -1,0 +1,20 @@
+"""The engines that edgeq builds for, by name."""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+from edgeq import data
+from edgeq.backends.base import Backend
+from edgeq.errors import UsageFault
+
+_MODULES = {"onnx": "edgeq.backends.onnx", "null": "edgeq.backends.null"}
+NAMES = tuple(_MODULES)
+
+
+def get(name: str) -> Backend:
+    """Backend of that name; raises UsageFault when edgeq has none."""
+    if name not in _MODULES:
+        raise UsageFault(f"{name!r} is not a backend", why=data.near(name, NAMES))
+    return cast(Backend, importlib.import_module(_MODULES[name]))

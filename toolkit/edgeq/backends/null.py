@@ -1,0 +1,61 @@
+"""The backend that needs nothing: fixed tokens and known logits, so that all above it is tested without an engine.
+
+Its logits favour `(id + 1) % vocabulary` after each `id` by `FAVOUR`; greedy decoding counts upwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.backends.base import Job
+from edgeq.bundle import Bundle
+from edgeq.errors import BackendFault
+
+PROVIDER = "null"
+FAVOUR = 5.0
+_FILE = "null.json"
+
+
+class NullSession:
+    """Session whose every answer is known beforehand."""
+
+    def __init__(self, vocab: int) -> None:
+        self.vocab = vocab
+
+    def generate(self, ids: Sequence[int], tokens: int) -> Iterator[int]:
+        """Count upwards from the last id."""
+        for step in range(1, tokens + 1):
+            yield (ids[-1] + step) % self.vocab
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Zeros [len(ids), vocabulary] with `FAVOUR` at each id's successor."""
+        found = np.zeros((len(ids), self.vocab), np.float32)
+        found[np.arange(len(ids)), (np.asarray(ids) + 1) % self.vocab] = FAVOUR
+        return found
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+
+def tools() -> tuple[str, ...]:
+    """The null backend itself."""
+    return ("null 1",)
+
+
+def build(job: Job, out: Path) -> None:
+    """Write the vocabulary's size and the tokenizer."""
+    (out / _FILE).write_bytes(msgspec.json.encode({"vocab": job.checkpoint.model.vocab}))
+    job.progress("null", 1, 1)
+
+
+def load(folder: Path, bundle: Bundle) -> NullSession:  # noqa: ARG001
+    """Session of the vocabulary that `build` wrote."""
+    try:
+        return NullSession(msgspec.json.decode((folder / _FILE).read_bytes())["vocab"])
+    except (OSError, KeyError, msgspec.DecodeError) as error:
+        raise BackendFault(f"{folder / _FILE}: cannot be read", why=str(error)) from error

@@ -1,0 +1,71 @@
+"""The graph of a checkpoint, from onnxruntime-genai's model builder used as a library.
+
+The builder walks a transformers model whose matrices live on the meta device: it emits every operator and every
+small tensor (norms, biases, convolution, rotary caches) and never sees a large weight. `weights` fills those in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from edgeq import size, transformer
+from edgeq.backends.base import Job
+from edgeq.checkpoint import Checkpoint
+
+_SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_GENAI_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_5_text": "qwen3_5_text"}
+
+
+def skeleton(job: Job, out: Path) -> Any:
+    """Graph (onnx_ir.Model) whose large initializers have shape but no data; writes genai_config.json into `out`."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    import onnx_ir as ir
+    from transformers import AutoConfig
+
+    checkpoint = job.checkpoint
+    settings = checkpoint.model.config() | {"max_position_embeddings": job.context}
+    config = AutoConfig.for_model(**settings)
+    with tempfile.TemporaryDirectory() as side, contextlib.redirect_stdout(io.StringIO()):
+        for name in _SIDE_FILES:
+            if (text := checkpoint.text_file(name)) is not None:
+                Path(side, name).write_text(text, encoding="utf-8")
+        Path(side, "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        config._name_or_path = side
+        builder = _builder(checkpoint)(
+            copy.deepcopy(config),
+            ir.DataType.FLOAT,
+            ir.DataType.FLOAT,
+            "cpu",
+            side,
+            {
+                "shared_embeddings": checkpoint.model.tied,
+                "op_types_to_quantize": ("MatMul", "Gather"),
+                "hf_token": False,
+            },
+        )
+        builder.model_type = _GENAI_TYPES[checkpoint.model.model_type]
+        builder.make_model(side)
+        builder.make_genai_config(config, {}, str(out))
+    builder.model.graph.sort()
+    return builder.model
+
+
+def _builder(checkpoint: Checkpoint) -> Any:
+    """The builder's class for a generation, reading weights from a checkpoint instead of from_pretrained."""
+    import onnxruntime_genai.models  # noqa: F401  (puts the builder's own modules on the path)
+    from onnxruntime_genai.models.builders import Qwen3Model, Qwen35TextModel, QwenModel
+
+    base: Any = {"qwen2": QwenModel, "qwen3": Qwen3Model, "qwen3_5_text": Qwen35TextModel}[checkpoint.model.model_type]
+
+    class Builder(base):  # type: ignore[misc]
+        def load_weights(self, _: str) -> Any:
+            return transformer.instantiate(checkpoint, lambda name: not size.is_quantized(name))
+
+    return Builder

@@ -1,0 +1,285 @@
+"""The command line: the only file that prints. Data goes to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from edgeq.errors import EdgeqError, Interrupted, UsageFault, from_system
+
+_PIPE_COLUMNS = 1000
+
+app = typer.Typer(
+    name="edgeq",
+    help="Quantize, build, check and measure small Qwen models for edge devices.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+targets_app = typer.Typer(help="The devices that edgeq builds for.", no_args_is_help=True)
+models_app = typer.Typer(help="The Qwen models that edgeq knows.", no_args_is_help=True)
+app.add_typer(targets_app, name="targets")
+app.add_typer(models_app, name="models")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
+Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+Bundle = Annotated[Path, typer.Argument(help="Folder that edgeq build made.", metavar="BUNDLE")]
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command; returns its exit code (0 done, the others are in `errors`)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    try:
+        app(args=words)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except EdgeqError as error:
+        return _complain(error)
+    except OSError as error:
+        if (known := from_system(error)) is None:
+            raise
+        return _complain(known)
+    return 0
+
+
+@app.command()
+def build(
+    model: Annotated[str | None, typer.Argument(help="Folder, hub id, catalogue name or demo-qwen3.")] = None,
+    target: Annotated[str, typer.Option("--target", "-t", help="Device, alias, TOML file or host.")] = "",
+    recipe: Annotated[str, typer.Option(help="For example w4g32-e8-rtn; auto: the target's best.")] = "auto",
+    backend: Annotated[str, typer.Option(help="onnx or null; auto: the target's first that is installed.")] = "auto",
+    context: Annotated[str | None, typer.Option("--context", "-c", help="Tokens of context, such as 4k.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the bundle.")] = None,
+    max_size: Annotated[str | None, typer.Option(help="Largest weights, such as 450MB.")] = None,
+    max_loss: Annotated[float | None, typer.Option(help="Largest KL divergence, nats per token.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built.")] = False,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Quantize a checkpoint, build it for a device, and refuse a broken result."""
+    from edgeq import building, sheets, tables, units
+
+    _need(target, "--target", "edgeq targets list")
+    _need(model, "MODEL", "edgeq models list")
+    plan = building.plan(
+        str(model),
+        target=target,
+        recipe_name=recipe,
+        backend=backend,
+        context=units.parse_tokens(context) if context else None,
+        out=output,
+        max_size=units.parse_bytes(max_size) if max_size else None,
+        max_loss=max_loss,
+        offline=offline,
+    )
+    for note in plan.notes:
+        _say(note)
+    if dry_run:
+        _show(sheets.plan(plan), json, tables.plan)
+        return
+    with _progress() as progress:
+        built = building.build(plan, progress)
+    _show(built, json, tables.built)
+
+
+@app.command()
+def profile(
+    bundle: Bundle,
+    target: Annotated[str | None, typer.Option("--target", "-t", help="The bundle's own when left out.")] = None,
+    prompts: Annotated[str, typer.Option("-p", help="Prompt lengths in tokens.")] = "128,512",
+    tokens: Annotated[int, typer.Option("-n", min=2, help="Tokens to decode.")] = 128,
+    depths: Annotated[str, typer.Option("-d", help="Tokens already in the cache when decode is timed.")] = "0",
+    repetitions: Annotated[int, typer.Option("-r", min=1, help="Undisturbed repetitions wanted.")] = 5,
+    accuracy: Annotated[
+        str, typer.Option(help="none, quick (the bundle's reference) or full (run it here).")
+    ] = "quick",
+    text: Annotated[Path | None, typer.Option(help="UTF-8 file to measure accuracy on.")] = None,
+    save: Annotated[bool, typer.Option("--save", help="Keep the row in profiles/.")] = False,
+    json: Json = False,
+) -> None:
+    """Measure speed, memory and accuracy loss of a bundle on this machine, in one row."""
+    from edgeq import tables
+    from edgeq.profiling import measure, run
+
+    plan = measure.Plan(_numbers(prompts), tokens, _numbers(depths), repetitions, accuracy)
+    with _progress() as progress:
+        row = run.profile(bundle, target=target, progress=progress, plan=plan, text=text, save=save)
+    _show(row, json, tables.profile)
+
+
+@app.command()
+def run(
+    bundle: Bundle,
+    prompt: Annotated[str | None, typer.Argument(help="Chat when left out.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Where the template has the switch.")] = None,
+) -> None:
+    """Talk to a bundle through its own chat template."""
+    from edgeq.chatting import Chat
+
+    chat = Chat(bundle)
+    try:
+        messages: list[dict[str, str]] = []
+        for question in [prompt] if prompt is not None else _questions():
+            messages.append({"role": "user", "content": question})
+            answer = ""
+            for piece in chat.reply(messages, max_tokens, think):
+                answer += piece
+                typer.echo(piece, nl=False)
+                sys.stdout.flush()
+            typer.echo()
+            messages.append({"role": "assistant", "content": answer})
+    finally:
+        chat.close()
+
+
+@app.command()
+def verify(bundle: Bundle, json: Json = False) -> None:
+    """Check every digest of a bundle, then load it and compare it with its recorded reference."""
+    from edgeq import tables, verifying
+
+    with _progress() as progress:
+        found = verifying.verify(bundle, progress)
+    _show(found, json, tables.verified)
+
+
+@app.command()
+def doctor(
+    target: Annotated[str, typer.Option("--target", "-t", help="Device to check for.")] = "host", json: Json = False
+) -> None:
+    """Say what is right and wrong with this machine, ready to paste into a report."""
+    from edgeq import detect, tables
+    from edgeq import doctor as checks
+
+    _show(checks.checks(detect.resolve(target)), json, tables.checks)
+
+
+@targets_app.command("list")
+def targets_list(json: Json = False) -> None:
+    """All devices."""
+    from edgeq import tables, target
+
+    _show([target.load(name) for name in target.names()], json, tables.targets)
+
+
+@targets_app.command("show")
+def targets_show(name: str, json: Json = False) -> None:
+    """One device, every figure with its source."""
+    from edgeq import detect, tables
+
+    _show(detect.resolve(name), json, tables.target)
+
+
+@targets_app.command("detect")
+def targets_detect(json: Json = False) -> None:
+    """What this machine is, and which backends work here."""
+    from edgeq import machine, sheets, tables
+
+    _show(sheets.detection(machine.this_machine()), json, tables.detected)
+
+
+@targets_app.command("validate")
+def targets_validate(file: Path) -> None:
+    """Check a target file of your own."""
+    from edgeq import target
+
+    typer.echo(f"{file}: {target.load(str(file)).title} is a valid target")
+
+
+@models_app.command("list")
+def models_list(json: Json = False) -> None:
+    """All models of the catalogue and the bundled demos."""
+    from edgeq import catalog, tables
+
+    _show([catalog.load(name) for name in catalog.names()], json, tables.models)
+
+
+@models_app.command("show")
+def models_show(name: str, offline: Offline = False, json: Json = False) -> None:
+    """Shape, licence and size of one model under each recipe."""
+    from edgeq import sheets, tables
+
+    _show(sheets.model(name, offline=offline), json, tables.model)
+
+
+def _show(document: object, json: bool, table: Callable[[Any], Any]) -> None:
+    """Print a document as one JSON line, or as the table that people read."""
+    import msgspec
+
+    if json:
+        sys.stdout.write(msgspec.json.encode(document).decode() + "\n")
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _PIPE_COLUMNS
+    console.print(table(document))
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on stderr, one for each phase; nothing when stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def step(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = bars.add_task(phase, total=total)
+            bars.update(tasks[phase], completed=done, total=total)
+
+        yield step
+
+
+def _questions() -> Iterator[str]:
+    """What the user types, until an empty line or the end of input."""
+    while True:
+        typer.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline().strip()
+        if not line:
+            return
+        yield line
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """Numbers in `128,512`."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() for word in words):
+        raise UsageFault(f"{text!r} is not a list of numbers such as 128,512")
+    return tuple(map(int, words))
+
+
+def _need(value: str | None, word: str, run: str) -> None:
+    if not value:
+        raise UsageFault(f"{word} is missing", run=run)
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    raise Interrupted(f"stopped by {signal.Signals(number).name}")
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _complain(error: EdgeqError) -> int:
+    _say(f"edgeq: {error}")
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""Which target a machine is, and which backends it can use."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import msgspec
+
+from edgeq import target as targets
+from edgeq.errors import MissingTool, UsageFault
+from edgeq.machine import Machine, this_machine
+from edgeq.target import BackendName, Cpu, Figure, Gpu, Match, Memory, Target
+
+HOST = "host"
+READ_HERE = "read from the machine itself"
+_SMALLEST_RAM_SHARE = 0.8  # firmware and graphics take the rest before the system counts it
+_RECIPES = ("w4g32-e8-rtn", "w8g32-e8-rtn", "w4g32-e4-rtn", "w16")
+_BACKENDS: dict[str, tuple[BackendName, ...]] = {
+    "cpu": ("onnx", "llamacpp"),
+    "cuda": ("llamacpp", "mlc", "onnx"),
+    "metal": ("llamacpp", "mlc", "onnx"),
+}
+
+
+class BackendState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whether a backend runs here; `reason` names its tools, or what is missing and how to install it."""
+
+    name: str
+    usable: bool
+    reason: str
+
+
+def closest(machine: Machine) -> Target | None:
+    """Shipped target that the machine is (of several the one that asks for most), or None."""
+    fitting = [found for found in map(targets.load, targets.names()) if mismatch(found, machine) is None]
+    return max(fitting, key=lambda found: (len(found.match.device_tree), len(found.match.isa)), default=None)
+
+
+def resolve(name: str, machine: Machine | None = None) -> Target:
+    """Target by name, alias or file; `host` is what this machine is.
+
+    Where a machine is no shipped target, `host` is a target of that name, made of what was read. Cores and memory that
+    a shipped target leaves open are filled in from the machine. Raises UsageFault when there is no such target.
+    """
+    if name.lower() != HOST:
+        return targets.load(name)
+    machine = machine or this_machine()
+    return _completed(closest(machine) or _host(machine), machine)
+
+
+def mismatch(target: Target, machine: Machine) -> str | None:
+    """Why the machine is not that target, as one sentence; None when it is."""
+    if target.name == HOST:
+        return None
+    if machine.arch != target.cpu.arch:
+        return f"The processor is {machine.arch}, {target.name} is {target.cpu.arch}."
+    if ("linux" in target.host) == machine.os.startswith("macOS"):
+        return f"The system is {machine.os}, {target.name} runs {target.host}."
+    if lost := [part for part in target.match.device_tree if part not in (machine.device_tree or "")]:
+        seen = machine.device_tree or "no device tree (containers may hide it)"
+        return f"The machine says {seen!r}, {target.name} says {lost[0]!r}."
+    if lost := [name for name in target.match.isa if name not in machine.isa]:
+        return f"The processor has no {', '.join(lost)}, which {target.name} has."
+    if more := [name for name in target.match.without if name in machine.isa]:
+        return f"The processor has {', '.join(more)}: it runs faster kernels than {target.name}."
+    return _other_memory(target, machine) or _other_gpu(target, machine)
+
+
+def usable_backends(target: Target) -> tuple[BackendState, ...]:
+    """State of each backend of the target, best first; asks the backends for their tools, builds nothing."""
+    from edgeq import backends
+
+    def state(name: str) -> BackendState:
+        if name not in backends.NAMES:
+            return BackendState(name, False, "not part of this edgeq")
+        try:
+            return BackendState(name, True, ", ".join(backends.get(name).tools()))
+        except MissingTool as missing:
+            return BackendState(name, False, "; ".join(str(missing).splitlines()))
+
+    return tuple(state(name) for name in target.backends)
+
+
+def _other_memory(target: Target, machine: Machine) -> str | None:
+    total = target.memory.total_bytes
+    if total is None or machine.ram_bytes is None:
+        return None
+    if _SMALLEST_RAM_SHARE * total.value <= machine.ram_bytes <= total.value:
+        return None
+    return f"The machine has {_gib(machine.ram_bytes)} of memory, {target.name} has {_gib(total.value)}."
+
+
+def _other_gpu(target: Target, machine: Machine) -> str | None:
+    if target.gpu is None:
+        return None
+    found = [gpu.arch or gpu.name for gpu in machine.accelerators if gpu.api == target.api]
+    if target.gpu.arch in found:
+        return None
+    return f"The machine's {target.api} GPU is {', '.join(found) or 'missing'}, {target.name} has {target.gpu.arch}."
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _host(machine: Machine) -> Target:
+    if machine.arch not in ("x86_64", "aarch64"):
+        raise UsageFault(
+            f"this machine's processor ({machine.arch}) is not supported",
+            why="edgeq builds for x86_64 and aarch64.",
+            run="edgeq targets list",
+        )
+    gpu = next((gpu for gpu in machine.accelerators if gpu.api in _BACKENDS), None)
+    api = gpu.api if gpu else "cpu"
+    return Target(
+        name=HOST,
+        title=machine.cpu_model,
+        api=cast(targets.Api, api),
+        host=f"{machine.arch}-apple-darwin" if machine.os.startswith("macOS") else f"{machine.arch}-linux-gnu",
+        cpu=Cpu(arch=cast(Literal["x86_64", "aarch64"], machine.arch), model=machine.cpu_model, isa=machine.isa),
+        memory=Memory(),
+        gpu=Gpu(model=gpu.name, arch=gpu.arch or "unknown") if gpu else None,
+        match=Match(isa=machine.isa),
+        backends=_BACKENDS[api],
+        recipes=_RECIPES,
+        sources=(READ_HERE,),
+    )
+
+
+def _completed(target: Target, machine: Machine) -> Target:
+    memory, cpu = target.memory, target.cpu
+    if memory.total_bytes is None and machine.memory_bytes:
+        memory = msgspec.structs.replace(memory, total_bytes=Figure(machine.memory_bytes, READ_HERE))
+    if cpu.cores is None and machine.cores:
+        cpu = msgspec.structs.replace(cpu, cores=Figure(machine.cores, READ_HERE))
+    return msgspec.structs.replace(target, memory=memory, cpu=cpu)

@@ -1,0 +1,58 @@
+"""The gate: a bundle is loaded, run and compared with its float32 reference before anyone may use it."""
+
+from __future__ import annotations
+
+import platform
+
+import numpy as np
+
+from edgeq import accuracy
+from edgeq.accuracy import Losses, Reference
+from edgeq.backends.base import Progress, Session
+from edgeq.bundle import Gate
+from edgeq.errors import GateFailed
+
+
+def check(reference: Reference, session: Session, max_loss: float, progress: Progress) -> Gate:
+    """Gate's result for a loaded bundle: finite logits, mean KL divergence <= `max_loss` (nats per token), no loop.
+
+    A loop is a continuation that repeats one phrase where the reference's own does not.
+    """
+    losses: list[Losses] = []
+    for index, window in enumerate(reference.windows):
+        progress("gate", index, len(reference.windows))
+        logits = session.logits(window.tolist())
+        if not np.isfinite(logits).all():
+            return Gate.failed(f"window {index}: logits are not finite", max_loss, reference.text_sha256)
+        losses.append(accuracy.compare(reference, index, logits))
+    found = accuracy.summarize(reference, losses)
+    reason = None
+    if found.kl_mean > max_loss:
+        reason = f"KL divergence {found.kl_mean:.4f} nats per token is above the limit of {max_loss:g}"
+    elif _loops(reference, session):
+        reason = "greedy decoding repeats one phrase, the float32 reference does not"
+    progress("gate", len(reference.windows), len(reference.windows))
+    return Gate(
+        passed=reason is None,
+        kl_mean=found.kl_mean,
+        top1_agreement=found.top1_agreement,
+        perplexity_reference=found.perplexity_reference,
+        perplexity=found.perplexity,
+        reason=reason,
+        max_loss=max_loss,
+        tokens=found.tokens,
+        text_sha256=reference.text_sha256,
+        ran_on=platform.machine(),
+    )
+
+
+def require(result: Gate, what: str, run: str) -> None:
+    """Raise GateFailed when a gate did not pass."""
+    if not result.passed:
+        raise GateFailed(f"{what}: {result.reason}", why="The accuracy gate refused it.", run=run)
+
+
+def _loops(reference: Reference, session: Session) -> bool:
+    prompt = reference.windows[0, : accuracy.PROMPT].tolist()
+    ours = list(session.generate(prompt, len(reference.continuation)))
+    return accuracy.loops(ours) and not accuracy.loops(reference.continuation.tolist())

@@ -1,0 +1,285 @@
+"""What this machine is, read from /proc and /sys below a root; what cannot be read is None, never an error."""
+
+from __future__ import annotations
+
+import platform
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from edgeq import nvml
+
+ROOT = Path("/")
+SAME_CLUSTER = 0.9  # cores of one kind differ by a few per cent: favoured cores, binning
+_MOST_CPUS = 8192
+_X86_ISA = (
+    *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx_vnni_int8"),
+    *("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16"),
+)
+_ARM_ISA = {
+    **{"asimd": "neon", "asimddp": "dotprod", "asimdhp": "fp16"},
+    **{name: name for name in ("i8mm", "bf16", "sve", "sve2", "sme")},
+}
+_ISA = {name: name for name in _X86_ISA} | _ARM_ISA
+_ARM_PARTS = {
+    0xD03: "Cortex-A53",
+    0xD05: "Cortex-A55",
+    0xD07: "Cortex-A57",
+    0xD08: "Cortex-A72",
+    0xD0B: "Cortex-A76",
+    0xD0C: "Neoverse-N1",
+    0xD40: "Neoverse-V1",
+    0xD41: "Cortex-A78",
+    0xD42: "Cortex-A78AE",
+    0xD49: "Neoverse-N2",
+    0xD4F: "Neoverse-V2",
+}
+_JETSON_ARCH = {"Thor": "sm_110", "Orin": "sm_87", "Xavier": "sm_72", "Nano": "sm_53"}
+_MAC_ISA = {"AdvSIMD": "neon", "FEAT_DotProd": "dotprod", "FEAT_FP16": "fp16", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16"}
+
+
+class Accelerator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A GPU: the interface it is programmed through, its architecture, and its own memory (None: it shares the RAM)."""
+
+    name: str
+    api: str
+    arch: str | None = None
+    memory_bytes: int | None = None
+    driver: str | None = None
+
+
+class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One machine: `cores` are physical, `memory_bytes` is the container's limit where that is below `ram_bytes`."""
+
+    cpu_model: str
+    arch: str
+    isa: tuple[str, ...]
+    cores: int | None
+    threads: int | None
+    memory_bytes: int | None
+    ram_bytes: int | None
+    swap_bytes: int | None
+    os: str
+    kernel: str | None
+    device_tree: str | None
+    governor: str | None
+    accelerators: tuple[Accelerator, ...]
+    python: str
+
+
+def this_machine(root: Path = ROOT) -> Machine:
+    """Machine whose /proc and /sys lie below `root`; drivers are asked only when that is the running system."""
+    if sys.platform == "darwin" and root == ROOT:
+        return _mac()
+    cpus = _online(root)
+    blocks = _cpuinfo(root)
+    ram = _meminfo(root, "MemTotal")
+    device_tree = _text(root / "proc/device-tree/model")
+    return Machine(
+        cpu_model=_cpu_model(blocks),
+        arch=_arch(root, blocks),
+        isa=_isa(blocks),
+        cores=len({_siblings(root, cpu) for cpu in cpus}) or None,
+        threads=len(cpus) or None,
+        memory_bytes=min((limit for limit in (ram, *_memory_limits(root)) if limit), default=None),
+        ram_bytes=ram,
+        swap_bytes=_meminfo(root, "SwapTotal"),
+        os=_os(root),
+        kernel=_text(root / "proc/sys/kernel/osrelease"),
+        device_tree=device_tree,
+        governor=_governor(root, cpus),
+        accelerators=_jetson(device_tree) or (_nvidia() if root == ROOT else ()),
+        python=platform.python_version(),
+    )
+
+
+def physical_cores(root: Path = ROOT) -> int:
+    """Cores that this process should use for arithmetic, one at least.
+
+    Counts physical cores (not their hardware threads) that the affinity mask allows, only those of the biggest cluster
+    where clusters differ, and no more than the CPU quota of the container.
+    """
+    if sys.platform == "darwin" and root == ROOT:
+        return int(_sysctl("hw.perflevel0.physicalcpu") or _sysctl("hw.physicalcpu") or 1)
+    allowed = set(_cpu_list(_field(root / "proc/self/status", "Cpus_allowed_list")))
+    cpus = [cpu for cpu in _online(root) if not allowed or cpu in allowed]
+    cores = len({_siblings(root, cpu) for cpu in _biggest(root, cpus)})
+    return max(1, min((cores, *(int(quota) for quota in _quotas(root)))))
+
+
+def _biggest(root: Path, cpus: list[int]) -> list[int]:
+    for file in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
+        sizes = {cpu: size for cpu in cpus if (size := _number(_cpu(root, cpu) / file))}
+        if len(sizes) == len(cpus) and len(set(sizes.values())) > 1:
+            return [cpu for cpu, size in sizes.items() if size >= SAME_CLUSTER * max(sizes.values())]
+    return cpus
+
+
+def _online(root: Path) -> list[int]:
+    listed = _cpu_list(_text(root / "sys/devices/system/cpu/online"))
+    return listed or list(range(sum("processor" in block for block in _cpuinfo(root))))
+
+
+def _siblings(root: Path, cpu: int) -> tuple[int, ...]:
+    for file in ("core_cpus_list", "thread_siblings_list"):
+        if found := _cpu_list(_text(_cpu(root, cpu) / "topology" / file)):
+            return tuple(found)
+    return (cpu,)
+
+
+def _cpu(root: Path, cpu: int) -> Path:
+    return root / f"sys/devices/system/cpu/cpu{cpu}"
+
+
+def _cpu_list(text: str | None) -> list[int]:
+    """CPUs of a kernel list such as `0-3,6`; empty when it is not one."""
+    found: list[int] = []
+    for part in (text or "").split(","):
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip())
+        if match is None or int(match[2] or match[1]) > _MOST_CPUS:
+            return []
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return found
+
+
+def _cpuinfo(root: Path) -> list[dict[str, str]]:
+    blocks = (_text(root / "proc/cpuinfo") or "").split("\n\n")
+    return [
+        {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}
+        for block in blocks
+    ]
+
+
+def _cpu_model(blocks: list[dict[str, str]]) -> str:
+    if names := [block["model name"] for block in blocks if block.get("model name")]:
+        return names[0]
+    parts = [_arm_part(block["CPU part"]) for block in blocks if block.get("CPU part")]
+    counted = {part: parts.count(part) for part in reversed(parts)}
+    if len(counted) > 1:
+        return " + ".join(f"{count}x {part}" for part, count in counted.items())
+    return next(iter(counted), "unknown")
+
+
+def _arm_part(code: str) -> str:
+    return _ARM_PARTS.get(int(code, 16), f"CPU part {code}") if re.fullmatch(r"0x[0-9a-f]+", code) else "unknown"
+
+
+def _isa(blocks: list[dict[str, str]]) -> tuple[str, ...]:
+    sets = [set(flags.split()) for block in blocks if (flags := block.get("flags") or block.get("Features"))]
+    everywhere = set.intersection(*sets) if sets else set()
+    return tuple(name for flag, name in _ISA.items() if flag in everywhere)
+
+
+def _arch(root: Path, blocks: list[dict[str, str]]) -> str:
+    if any("asimd" in block.get("Features", "").split() for block in blocks):
+        return "aarch64"
+    if any("lm" in block.get("flags", "").split() for block in blocks):
+        return "x86_64"
+    return _text(root / "proc/sys/kernel/arch") or (platform.machine() if root == ROOT else "unknown")
+
+
+def _os(root: Path) -> str:
+    release = _text(root / "etc/os-release") or ""
+    match = re.search(r'^PRETTY_NAME="?([^"\n]+)', release, re.MULTILINE)
+    return match[1] if match else "Linux"
+
+
+def _governor(root: Path, cpus: Iterable[int]) -> str | None:
+    found = {_text(_cpu(root, cpu) / "cpufreq/scaling_governor") for cpu in cpus} - {None}
+    return " + ".join(sorted(filter(None, found))) or None
+
+
+def _jetson(device_tree: str | None) -> tuple[Accelerator, ...]:
+    if device_tree is None or "Jetson" not in device_tree:
+        return ()
+    arch = next((arch for word, arch in _JETSON_ARCH.items() if word in device_tree), None)
+    return (Accelerator(name=f"integrated GPU of {device_tree}", api="cuda", arch=arch),)
+
+
+def _nvidia() -> tuple[Accelerator, ...]:
+    library = nvml.library()
+    found = nvml.gpus(library) if library else ()
+    return tuple(Accelerator(api="cuda", **gpu._asdict()) for gpu in found)
+
+
+def _memory_limits(root: Path) -> Iterator[int]:
+    for file in ("memory.max", "memory.limit_in_bytes"):
+        for folder in _cgroups(root, "memory"):
+            if (limit := _number(folder / file)) is not None:
+                yield limit
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    for folder in _cgroups(root, "cpu"):
+        if match := re.fullmatch(r"(\d+) (\d+)", _text(folder / "cpu.max") or ""):
+            quota, period = int(match[1]), int(match[2])
+        else:
+            quota, period = (_number(folder / f"cpu.cfs_{name}_us") or 0 for name in ("quota", "period"))
+        if quota and period:
+            yield quota / period
+
+
+def _cgroups(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of this process's control group and of all its parents, version 2 and version 1 of `controller`."""
+    for line in (_text(root / "proc/self/cgroup") or "").splitlines():
+        controllers, _, path = line.partition(":")[2].partition(":")
+        if controllers and controller not in controllers.split(","):
+            continue
+        parts = [part for part in path.split("/") if part not in ("", "..")]
+        for mount in (controllers, controller) if controllers else ("", "unified"):
+            for depth in range(len(parts), -1, -1):
+                yield (root / "sys/fs/cgroup" / mount).joinpath(*parts[:depth])
+
+
+def _meminfo(root: Path, key: str) -> int | None:
+    match = re.fullmatch(r"(\d+) kB", _field(root / "proc/meminfo", key) or "")
+    return int(match[1]) * 1024 if match else None
+
+
+def _field(path: Path, key: str) -> str | None:
+    match = re.search(rf"^{key}:\s*(.*)$", _text(path) or "", re.MULTILINE)
+    return match[1].strip() if match else None
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path) or ""
+    return int(text) if re.fullmatch(r"\d{1,19}", text) else None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_bytes().decode(errors="replace").strip(" \t\r\n\0") or None
+    except OSError:
+        return None
+
+
+def _mac() -> Machine:
+    brand, memory = _sysctl("machdep.cpu.brand_string") or "unknown", int(_sysctl("hw.memsize") or 0) or None
+    arm = platform.machine() == "arm64"
+    return Machine(
+        cpu_model=brand,
+        arch="aarch64" if arm else platform.machine(),
+        isa=tuple(name for flag, name in _MAC_ISA.items() if _sysctl(f"hw.optional.arm.{flag}") == "1"),
+        cores=int(_sysctl("hw.physicalcpu") or 0) or None,
+        threads=int(_sysctl("hw.logicalcpu") or 0) or None,
+        memory_bytes=memory,
+        ram_bytes=memory,
+        swap_bytes=None,
+        os=f"macOS {platform.mac_ver()[0]}",
+        kernel=platform.release(),
+        device_tree=None,
+        governor=None,
+        accelerators=(Accelerator(name=brand, api="metal"),) if arm else (),
+        python=platform.python_version(),
+    )
+
+
+def _sysctl(key: str) -> str | None:
+    import subprocess
+
+    result = subprocess.run(["/usr/sbin/sysctl", "-n", key], capture_output=True, text=True, check=False)
+    return result.stdout.strip() or None

@@ -1,0 +1,163 @@
+"""Measure one bundle on this machine: load, speed, memory, energy and accuracy loss, in one row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeq import bundle, model, profiles
+from edgeq.accuracy import Accuracy
+from edgeq.errors import UsageFault
+from edgeq.machine import Machine
+from edgeq.profiles import Identity, Load, Memory, Profile
+from edgeq.profiling import messages, process, rows
+from edgeq.target import Target
+
+TIMEOUT_S = 1800.0
+_ACCURACY = ("none", "quick", "full")
+_ONNX_KV_BYTES = 4  # float32 cache
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: prompt lengths, tokens to decode, depths to decode at, valid repetitions, accuracy loss."""
+
+    prompts: tuple[int, ...] = (128, 512)
+    tokens: int = 128
+    depths: tuple[int, ...] = (0,)
+    repetitions: int = 5
+    accuracy: str = "quick"
+
+
+def profile(
+    folder: Path,
+    target: Target,
+    machine: Machine,
+    plan: Plan,
+    *,
+    progress: Progress,
+    full_reference: Path | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Profile:
+    """Row of a bundle whose files were verified before; each child process may take `timeout_s`.
+
+    Accuracy is against `full_reference` where it is given, else against the reference that the bundle carries.
+
+    Prefill is measured after nothing (depth 0), decode after a prompt of each depth: a session has no way to read a
+    second prompt on top of a first. Speed and memory come from one process, accuracy from another, so that its logits
+    do not count as memory. Raises UsageFault when the plan does not suit the bundle, what the backend raises, and
+    BackendFault or BackendKilled when it fails.
+    """
+    manifest = bundle.read(folder)
+    _check(plan, manifest)
+    children = process.Children(progress, machine.memory_bytes, timeout_s)
+    cold = children.run(messages.ColdJob(folder=str(folder)), messages.Cold)
+    speed = children.run(
+        messages.SpeedJob(
+            folder=str(folder),
+            prompts=tuple(dict.fromkeys(plan.prompts)),
+            tokens=plan.tokens,
+            depths=tuple(dict.fromkeys(plan.depths)),
+            repetitions=plan.repetitions,
+        ),
+        messages.Speed,
+    )
+    loss, no_loss = _accuracy(children, folder, plan, full_reference)
+    return _row(manifest, target, machine, plan, cold, speed, loss, no_loss)
+
+
+def _row(
+    manifest: bundle.Bundle,
+    target: Target,
+    machine: Machine,
+    plan: Plan,
+    cold: messages.Cold,
+    speed: messages.Speed,
+    loss: Accuracy | None,
+    no_loss: str | None,
+) -> Profile:
+    done = speed.repetitions
+    prefills, decodes = (rows.counting(done, phase, plan.repetitions) for phase in ("prefill", "decode"))
+    first_token_s, first_token_from = rows.first_token(prefills, plan.prompts[0])
+    valid, grade, reasons = rows.verdict([*prefills, *decodes], done, plan.repetitions)
+    if any(plan.depths):
+        reasons += ("prefill is measured at depth 0 only",)
+    return Profile(
+        schema=profiles.SCHEMA,
+        bundle=Identity(digest=manifest.digest, bytes=manifest.bytes, bits_per_weight=manifest.bits_per_weight),
+        model=manifest.model,
+        generation=manifest.generation,
+        recipe=manifest.recipe,
+        backend=manifest.backend,
+        provider=manifest.provider,
+        target=target.name,
+        machine=machine,
+        load=Load(warm_s=speed.warm_s, cold_s=cold.seconds, reason=cold.reason),
+        first_token_s=first_token_s,
+        first_token_from=first_token_from,
+        prefill=rows.prefill(prefills),
+        decode=rows.decode(decodes),
+        memory=_memory(manifest, speed),
+        energy=speed.energy,
+        accuracy=loss,
+        accuracy_reason=no_loss,
+        sustained=None,
+        sustained_reason="no long run was made",
+        health=rows.health(done, speed.health_reason),
+        valid=valid,
+        grade=grade,
+        reasons=reasons,
+    )
+
+
+def _check(plan: Plan, manifest: bundle.Bundle) -> None:
+    """Raise UsageFault when a figure of the plan is impossible, or longer than the bundle's context."""
+    if plan.accuracy not in _ACCURACY:
+        raise UsageFault(f"accuracy {plan.accuracy!r} is unknown", why=f"Known: {', '.join(_ACCURACY)}.")
+    if not plan.prompts or min(plan.prompts) < 1 or not plan.depths or min(plan.depths) < 0:
+        raise UsageFault("a profile needs prompts of at least 1 token and depths of at least 0")
+    if plan.tokens < 2 or plan.repetitions < 1:
+        raise UsageFault("a profile needs at least 2 tokens to decode and 1 repetition")
+    longest = max(*plan.prompts, *plan.depths, 1)
+    if longest + plan.tokens > manifest.context:
+        raise UsageFault(
+            f"{longest} tokens and {plan.tokens} more do not fit the bundle's context of {manifest.context}",
+            run="build with a longer --context, or profile with shorter -p, -d and -n",
+        )
+
+
+def _accuracy(
+    children: process.Children, folder: Path, plan: Plan, full_reference: Path | None
+) -> tuple[Accuracy | None, str | None]:
+    """Accuracy loss, or the reason why it was not measured."""
+    if plan.accuracy == "none":
+        return None, "not asked for"
+    if plan.accuracy == "full" and full_reference is None:
+        return None, "there is no full reference"
+    reference = full_reference or folder / bundle.REFERENCE
+    if not reference.is_file():
+        return None, f"the bundle holds no {bundle.REFERENCE}"
+    job = messages.AccuracyJob(folder=str(folder), reference=str(reference))
+    return children.run(job, messages.Loss).accuracy, None
+
+
+def _memory(manifest: bundle.Bundle, speed: messages.Speed) -> Memory:
+    """Peaks of the engine's process; its KV cache is predicted from the bundle's configuration."""
+    reasons = [speed.memory_reason, f"device: no counter of its own for provider {manifest.provider}"]
+    if manifest.backend == "onnx":
+        cache = model.read_config(manifest.config).kv_bytes_per_token(_ONNX_KV_BYTES)
+    else:
+        cache = None
+        reasons.append(f"KV cache: its format in backend {manifest.backend} is not known")
+    return Memory(
+        peak_rss_bytes=speed.peak_rss_bytes,
+        load=speed.load,
+        prefill=speed.prefill,
+        decode=speed.decode,
+        device_peak_bytes=None,
+        kv_cache_bytes_per_token=cache,
+        reason="; ".join(reason for reason in reasons if reason),
+    )

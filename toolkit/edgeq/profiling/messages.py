@@ -1,0 +1,93 @@
+"""What the profiling parent and its children tell each other: one JSON document a line."""
+
+from __future__ import annotations
+
+import msgspec
+
+from edgeq.accuracy import Accuracy
+from edgeq.profiles import Energy, Phase, Repetition
+
+
+class ColdJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Load the bundle once, its files out of the page cache."""
+
+    folder: str
+
+
+class SpeedJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Load the bundle, then time it: prompt lengths, tokens to decode, and depths to decode at."""
+
+    folder: str
+    prompts: tuple[int, ...]
+    tokens: int
+    depths: tuple[int, ...]
+    repetitions: int
+
+
+class AccuracyJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Compare the bundle with the recorded reference at a path."""
+
+    folder: str
+    reference: str
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """`done` of `total` steps of the work called `label`, and the peak so far."""
+
+    label: str
+    done: int
+    total: int
+    peak_rss_bytes: int | None
+
+
+class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """An error of edgeq, by the name of its class."""
+
+    kind: str
+    what: str
+    why: str
+    run: str
+
+
+class Cold(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Seconds of a cold load, or the reason why it was not cold."""
+
+    seconds: float | None
+    reason: str | None
+
+
+class Timed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """One repetition, made on the prompt of its `attempt`: its first token, the seconds between its tokens, if any.
+
+    tokenization_s: from the prompt's text to its ids and from the first token to text; null when not measured.
+    """
+
+    repetition: Repetition
+    attempt: int
+    first_token: int
+    gaps_s: tuple[float, ...]
+    tokenization_s: float | None
+
+
+class Speed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """What one process measured: load time, every repetition, and the peak memory of each phase."""
+
+    warm_s: float
+    repetitions: tuple[Timed, ...]
+    peak_rss_bytes: int | None
+    load: Phase
+    prefill: Phase
+    decode: Phase
+    memory_reason: str | None
+    energy: Energy
+    health_reason: str | None
+
+
+class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Result of the comparison with the reference."""
+
+    accuracy: Accuracy
+
+
+Job = ColdJob | SpeedJob | AccuracyJob
+Answer = Cold | Speed | Loss | Fault

@@ -1,0 +1,29 @@
+"""Round to nearest: each group's largest weight sets its scale, every weight goes to its nearest code."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def quantize(
+    weights: NDArray[np.float32], bits: int, group: int
+) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
+    """Codes, scales and zero points of a matrix [outputs, inputs], as `Solution` describes them.
+
+    Symmetric: the zero point is the middle code. The scale is that of the weight of largest magnitude, whose sign
+    takes the one code that has no mirror image (-2**(bits-1)), as in GGML's Q4_0; so the grid spans
+    [-2**(bits-1), 2**(bits-1) - 1] and no weight is clipped by more than half a step. Scales are float16 values, so
+    that formats with 16-bit scales hold the same solution.
+    """
+    outputs, inputs = weights.shape
+    middle = 1 << (bits - 1)
+    grouped = weights.reshape(outputs, inputs // group, group)
+    largest = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
+    scales = (largest / -middle).astype(np.float16).astype(np.float32)
+    inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
+    codes = np.rint(grouped * inverse[:, :, None])
+    np.clip(codes, -middle, middle - 1, out=codes)
+    codes += middle
+    zero_points = np.full(scales.shape, middle, np.uint8)
+    return codes.astype(np.uint8).reshape(outputs, inputs), scales, zero_points

@@ -1,0 +1,37 @@
+"""Quantized matrices as no engine spells them: every backend packs the same solution."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One quantized matrix: w[o, i] = (codes[o, i] - zero_points[o, g]) * scales[o, g] with g = i // group.
+
+    codes: uint8 [outputs, inputs], 0 to 2**bits - 1, in the checkpoint's own order of inputs;
+    scales: float32 [outputs, groups]; zero_points: uint8 [outputs, groups] (2**(bits - 1) everywhere when symmetric).
+    `inputs` must be a multiple of `group`.
+    """
+
+    name: str
+    bits: int
+    group: int
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zero_points: NDArray[np.uint8]
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether every zero point is the middle code."""
+        return bool((self.zero_points == 1 << (self.bits - 1)).all())
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """Float32 matrix [outputs, inputs] that the codes stand for."""
+        outputs, inputs = self.codes.shape
+        grouped = self.codes.reshape(outputs, -1, self.group).astype(np.float32)
+        weights = (grouped - self.zero_points[:, :, None]) * self.scales[:, :, None]
+        return weights.reshape(outputs, inputs).astype(np.float32)

@@ -1,0 +1,137 @@
+"""What is known before anything is built: a model's sheet, and a build's plan, as documents."""
+
+from __future__ import annotations
+
+import msgspec
+
+from edgeq import catalog, detect, recipe, size, sources
+from edgeq.building import Plan
+from edgeq.checkpoint import Checkpoint
+from edgeq.machine import Accelerator, Machine
+from edgeq.model import Model
+
+
+class RecipeSize(msgspec.Struct, frozen=True, kw_only=True):
+    """Predicted weights of a model under one recipe."""
+
+    recipe: str
+    bits_per_weight: float
+    weights_bytes: int
+
+
+class ModelSheet(msgspec.Struct, frozen=True, kw_only=True):
+    """The document of `edgeq models show`; license and catalogue facts are null for a checkpoint outside it."""
+
+    name: str
+    generation: str
+    parameters: int
+    layers: int
+    full_attention_layers: int
+    hidden: int
+    vocabulary: int
+    tied: bool
+    context: int
+    kv_cache_bytes_per_token: int
+    hub: str | None
+    license: str | None
+    commercial: bool | None
+    thinking: str | None
+    modality: tuple[str, ...]
+    left_out: tuple[str, ...]
+    recipes: tuple[RecipeSize, ...]
+
+
+class PlanSheet(msgspec.Struct, frozen=True, kw_only=True):
+    """The document of `edgeq build --dry-run`; sizes are predictions."""
+
+    model: str
+    generation: str
+    target: str
+    recipe: str
+    backend: str
+    context: int
+    bundle: str
+    weights_bytes: int
+    bits_per_weight: float
+    max_loss: float
+    notes: tuple[str, ...]
+
+
+class Detection(msgspec.Struct, frozen=True, kw_only=True):
+    """The document of `edgeq targets detect`: the closest target's name or null, and what the machine has."""
+
+    target: str | None
+    cpu: str
+    isa: tuple[str, ...]
+    memory_bytes: int | None
+    accelerators: tuple[Accelerator, ...]
+    backends: tuple[detect.BackendState, ...]
+
+
+def detection(machine: Machine) -> Detection:
+    """What a machine is, and which backends of its target work here."""
+    found = detect.closest(machine)
+    return Detection(
+        target=found.name if found else None,
+        cpu=machine.cpu_model,
+        isa=machine.isa,
+        memory_bytes=machine.memory_bytes,
+        accelerators=machine.accelerators,
+        backends=detect.usable_backends(detect.resolve(detect.HOST, machine)),
+    )
+
+
+def model(name: str, *, offline: bool) -> ModelSheet:
+    """Sheet of a catalogue model, without touching the network, or of any checkpoint that `sources.find` knows."""
+    if name.lower() in catalog.names():
+        entry = catalog.load(name)
+        return _sheet(entry.name, entry.model, entry)
+    origin = sources.find(name, offline=offline)
+    return _sheet(origin.short_name, Checkpoint.open(origin.folder).model, None)
+
+
+def plan(work: Plan) -> PlanSheet:
+    """Document of a build's plan."""
+    return PlanSheet(
+        model=work.origin.short_name,
+        generation=work.checkpoint.model.generation,
+        target=work.target.name,
+        recipe=str(work.recipe),
+        backend=work.backend,
+        context=work.context,
+        bundle=str(work.out),
+        weights_bytes=work.bytes,
+        bits_per_weight=work.bits_per_weight,
+        max_loss=work.max_loss,
+        notes=work.notes,
+    )
+
+
+def _sheet(name: str, shape: Model, entry: catalog.Entry | None) -> ModelSheet:
+    sizes = tuple(
+        RecipeSize(
+            recipe=each,
+            bits_per_weight=size.bits_per_weight(shape, recipe.parse(each)),
+            weights_bytes=size.weight_bytes(shape, recipe.parse(each)),
+        )
+        for each in recipe.SHIPPED
+    )
+    return ModelSheet(
+        name=name,
+        generation=shape.generation,
+        parameters=shape.parameters,
+        layers=shape.layers,
+        full_attention_layers=shape.full_attention_layers,
+        hidden=shape.hidden,
+        vocabulary=shape.vocab,
+        tied=shape.tied,
+        context=shape.context,
+        kv_cache_bytes_per_token=shape.kv_bytes_per_token(4),
+        hub=entry.hub if entry else None,
+        license=entry.license if entry else None,
+        commercial=entry.commercial if entry else None,
+        thinking=entry.thinking if entry else None,
+        modality=entry.modality if entry else ("text",),
+        left_out=(("vision",) if shape.has_vision else ()) + (("mtp",) if shape.has_mtp else ()),
+        recipes=sizes,
+    )

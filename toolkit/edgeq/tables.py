@@ -1,0 +1,217 @@
+"""Documents as the tables that people read; `cli` prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from edgeq.target import Figure
+from edgeq.units import show_bytes
+
+if TYPE_CHECKING:
+    from edgeq.building import Built
+    from edgeq.bundle import Gate
+    from edgeq.catalog import Entry
+    from edgeq.doctor import Check
+    from edgeq.profiles import Profile, Spread
+    from edgeq.sheets import Detection, ModelSheet, PlanSheet
+    from edgeq.target import Target
+    from edgeq.verifying import Verified
+
+
+def built(document: Built) -> Table:
+    """What a build made."""
+    return _facts(
+        ("bundle", document.bundle),
+        ("model", f"{document.model} (Qwen{document.generation})"),
+        ("target", f"{document.target}, {document.backend} on {document.provider}"),
+        ("recipe", f"{document.recipe}, {document.bits_per_weight:.2f} bits per weight"),
+        ("size", show_bytes(document.bytes)),
+        ("gate", _gate(document.gate)),
+        ("build", f"{document.seconds:.1f} s, peak memory {show_bytes(document.peak_rss_bytes)}"),
+        ("next", f"edgeq profile {document.bundle}"),
+    )
+
+
+def plan(document: PlanSheet) -> Table:
+    """What a build would make; estimates start with ~."""
+    return _facts(
+        ("model", f"{document.model} (Qwen{document.generation})"),
+        ("target", f"{document.target}, {document.backend}"),
+        ("recipe", f"{document.recipe}, ~{document.bits_per_weight:.2f} bits per weight"),
+        ("weights", f"~{show_bytes(document.weights_bytes)}"),
+        ("context", f"{document.context} tokens"),
+        ("gate", f"KL divergence <= {document.max_loss:g} nats per token"),
+        ("bundle", f"{document.bundle} (not built)"),
+    )
+
+
+def verified(document: Verified) -> Table:
+    """Result of verify."""
+    return _facts(
+        ("bundle", document.bundle),
+        ("files", f"{document.files}, every digest right"),
+        ("gate here", _gate(document.gate)),
+        ("at build", _gate(document.gate_at_build)),
+    )
+
+
+def profile(document: Profile) -> Group:
+    """One measured row, with what makes it less than comparable."""
+    table = _table("model", "recipe", "size", "bits", *_speeds(document), "first token", "peak", *_LOSSES)
+    loss = document.accuracy
+    table.add_row(
+        document.model,
+        document.recipe,
+        show_bytes(document.bundle.bytes),
+        f"{document.bundle.bits_per_weight:.2f}",
+        *(_rate(each.tokens_per_s) for each in document.prefill),
+        *(_rate(each.tokens_per_s) for each in document.decode),
+        f"{document.first_token_s.median * 1e3:.1f} ms",
+        show_bytes(document.memory.peak_rss_bytes),
+        *((f"{loss.perplexity_reference:.3f}", f"{loss.perplexity:.3f}") if loss else ("-", "-")),
+        *((f"{loss.kl_mean:.4f}", f"{loss.top1_agreement:.3f}") if loss else ("-", "-")),
+    )
+    machine = document.machine
+    lines = [
+        f"{document.target}: {machine.cpu_model}, {document.backend} on {document.provider}, grade {document.grade}"
+    ]
+    return Group(table, *map(Text, (*lines, *document.reasons)))
+
+
+_LOSSES = ("ppl float", "ppl", "KL", "top-1")
+
+
+def _speeds(document: Profile) -> list[str]:
+    prefill = [f"prefill {each.tokens} tok/s" for each in document.prefill]
+    return prefill + [f"decode tok/s{f' @{each.depth}' if each.depth else ''}" for each in document.decode]
+
+
+def checks(document: Sequence[Check]) -> Table:
+    """Doctor's findings."""
+    table = _table("check", "status", "expected", "observed", "remedy")
+    for check in document:
+        table.add_row(check.name, check.status, check.expected, check.observed, check.remedy or "")
+    return table
+
+
+def targets(document: Iterable[Target]) -> Table:
+    """All targets."""
+    table = _table("target", "device", "api", "memory", "bandwidth", "aliases")
+    for each in document:
+        speed = each.memory.bandwidth_bytes_per_s
+        table.add_row(
+            each.name,
+            each.title,
+            each.api,
+            show_bytes(int(each.memory.total_bytes.value)) if each.memory.total_bytes else "-",
+            f"{speed.value / 1e9:.0f} GB/s" if speed else "-",
+            " ".join(each.aliases),
+        )
+    return table
+
+
+def target(document: Target) -> Table:
+    """One target, every figure with its source."""
+    table = _table("field", "value", "source")
+    for field, value in _leaves(document):
+        if isinstance(value, Figure):
+            table.add_row(field, f"{value.value:g}", value.source)
+        elif value not in (None, ()):
+            table.add_row(field, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value), "")
+    return table
+
+
+def detected(document: Detection) -> Table:
+    """What this machine is."""
+    rows = [
+        (f"backend {state.name}", "usable" if state.usable else f"not usable: {state.reason}")
+        for state in document.backends
+    ]
+    return _facts(
+        ("target", document.target or "none of the catalogue"),
+        ("cpu", document.cpu),
+        ("isa", " ".join(document.isa)),
+        ("memory", show_bytes(document.memory_bytes)),
+        ("accelerators", ", ".join(map(str, document.accelerators)) or "none found"),
+        *rows,
+    )
+
+
+def models(document: Iterable[Entry]) -> Table:
+    """The catalogue."""
+    table = _table("model", "hub id", "parameters", "context", "license", "thinking", "released")
+    for each in document:
+        license_ = each.license if each.commercial else f"{each.license} (not for commercial use)"
+        parameters = f"{each.parameters / 1e9:.2f} B"
+        table.add_row(each.name, each.hub, parameters, str(each.context), license_, each.thinking, str(each.released))
+    return table
+
+
+def model(document: ModelSheet) -> Group:
+    """One model and its size under each recipe."""
+    facts = [
+        ("model", f"{document.name} (Qwen{document.generation})"),
+        ("parameters", f"{document.parameters / 1e6:.1f} M{', table tied' if document.tied else ''}"),
+        ("layers", f"{document.layers}, {document.full_attention_layers} with full attention"),
+        (
+            "context",
+            f"{document.context} tokens, {show_bytes(document.kv_cache_bytes_per_token)} of float32 KV cache each",
+        ),
+    ]
+    if document.hub:
+        commercial = "" if document.commercial else ", not for commercial use"
+        facts += [
+            ("hub", document.hub),
+            ("license", f"{document.license}{commercial}"),
+            ("thinking", str(document.thinking)),
+        ]
+    if document.left_out:
+        facts.append(("left out", ", ".join(document.left_out)))
+    sizes = _table("recipe", "bits per weight", "weights")
+    for each in document.recipes:
+        sizes.add_row(each.recipe, f"~{each.bits_per_weight:.2f}", f"~{show_bytes(each.weights_bytes)}")
+    return Group(_facts(*facts), "", sizes)
+
+
+def _leaves(part: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for field in part.__struct_fields__:
+        value = getattr(part, field)
+        if hasattr(value, "__struct_fields__") and not isinstance(value, Figure):
+            yield from _leaves(value, f"{prefix}{field}.")
+        else:
+            yield prefix + field, value
+
+
+def _gate(gate: Gate) -> str:
+    if gate.kl_mean is None:
+        return f"failed: {gate.reason}"
+    verdict = "passed" if gate.passed else f"failed: {gate.reason}"
+    return (
+        f"{verdict}; KL {gate.kl_mean:.5f} (limit {gate.max_loss:g}), top-1 {gate.top1_agreement:.3f}, "
+        f"perplexity {gate.perplexity_reference:.3f} -> {gate.perplexity:.3f}, on {gate.ran_on}"
+    )
+
+
+def _rate(spread: Spread) -> str:
+    return f"{spread.median:.1f} [{spread.low:.1f}, {spread.high:.1f}]"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _facts(*rows: tuple[str, str]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    return table

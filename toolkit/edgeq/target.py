@@ -1,0 +1,141 @@
+"""Targets: the devices that edgeq builds for, one TOML file each, every figure with its source."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from edgeq import data, recipe
+from edgeq.errors import UsageFault
+
+Api = Literal["cuda", "metal", "vulkan", "cpu"]
+BackendName = Literal["onnx", "llamacpp", "mlc", "null"]
+_NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+
+
+class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One positive number, in the unit that its field's name ends with, and where it was published."""
+
+    value: int | float
+    source: str
+
+    def __post_init__(self) -> None:
+        if not self.value > 0:
+            raise ValueError(f"value {self.value} is not positive")
+        if not self.source.strip():
+            raise ValueError("source is empty: a figure without a source is left out")
+
+
+class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Processor: architecture, model, physical cores, and the instruction sets that matter, by `machine`'s names."""
+
+    arch: Literal["x86_64", "aarch64"]
+    model: str
+    cores: Figure | None = None
+    isa: tuple[str, ...]
+
+
+class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """RAM that models live in: its size, the share left for a model (0 to 1), and the theoretical bandwidth."""
+
+    total_bytes: Figure | None = None
+    usable_share: Figure | None = None
+    bandwidth_bytes_per_s: Figure | None = None
+
+    def __post_init__(self) -> None:
+        if self.usable_share and self.usable_share.value > 1:
+            raise ValueError("usable_share is above 1")
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """Bytes that a model may take: the usable share of the total, or None when either is unknown."""
+        if self.total_bytes is None or self.usable_share is None:
+            return None
+        return int(self.total_bytes.value * self.usable_share.value)
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Graphics processor: model, architecture (`sm_87`), and dense peak arithmetic in operations per second."""
+
+    model: str
+    arch: str
+    fp16_flop_per_s: Figure | None = None
+    int8_op_per_s: Figure | None = None
+
+
+class Match(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a machine is recognised: `isa` it has, `without` it has not, and parts of its device-tree model, all of them.
+
+    A machine with a faster instruction set than the target's is another device: what it measures is not this target's.
+    """
+
+    isa: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    device_tree: tuple[str, ...] = ()
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One device; `backends` and `recipes` are ordered best first, `host` is its triple (aarch64-linux-gnu)."""
+
+    name: str
+    title: str
+    aliases: tuple[str, ...] = ()
+    api: Api
+    host: str
+    cpu: Cpu
+    memory: Memory
+    gpu: Gpu | None = None
+    match: Match
+    backends: tuple[BackendName, ...]
+    recipes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    sources: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        for name in (self.name, *self.aliases):
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is not a name: lower-case words joined by '-' or '.'")
+        if not self.host.startswith(f"{self.cpu.arch}-"):
+            raise ValueError(f"host {self.host!r} does not start with cpu.arch {self.cpu.arch!r}")
+        if self.api != "cpu" and self.gpu is None:
+            raise ValueError(f"api {self.api!r} needs a [gpu] table")
+        if not self.backends or not self.recipes:
+            raise ValueError("backends and recipes each need one name at least")
+        for name in self.recipes:
+            try:
+                recipe.parse(name)
+            except UsageFault as fault:
+                raise ValueError(str(fault)) from fault
+
+
+def names() -> tuple[str, ...]:
+    """Names of the shipped targets, sorted."""
+    return tuple(sorted(path.stem for path in data.folder("targets").glob("*.toml")))
+
+
+def load(name: str) -> Target:
+    """Target by its name, one of its aliases (in any case), or the path of a TOML file.
+
+    Raises UsageFault when there is none, CorruptInput when the file is not a valid target.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise UsageFault(f"{name}: no such target file", run="edgeq targets list")
+        return data.read_toml(path, Target)
+    wanted = name.lower()
+    if wanted in names():
+        return _shipped(wanted)
+    aliases = {alias: found for found in map(_shipped, names()) for alias in found.aliases}
+    if wanted in aliases:
+        return aliases[wanted]
+    raise UsageFault(
+        f"{name!r} is not a target", why=data.near(name, (*names(), *aliases, "host")), run="edgeq targets list"
+    )
+
+
+def _shipped(name: str) -> Target:
+    return data.read_toml(data.folder("targets") / f"{name}.toml", Target)

@@ -1,0 +1,37 @@
+"""Quantities as people write them: 1.5GB, 450MB, 4k; and as tables show them."""
+
+from __future__ import annotations
+
+import re
+
+from edgeq.errors import UsageFault
+
+_QUANTITY = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[a-zA-Z]*)")
+_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_TOKENS = {"": 1, "k": 1 << 10, "m": 1 << 20}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in `450MB`, `1.5GB` (powers of 1000) or `2GiB` (powers of 1024); raises UsageFault otherwise."""
+    return _parse(text, _BYTES, "a size such as 450MB, 1.5GB or 2GiB")
+
+
+def parse_tokens(text: str) -> int:
+    """Tokens in `4096` or `4k` (k = 1024); raises UsageFault otherwise."""
+    return _parse(text, _TOKENS, "a number of tokens such as 4096 or 4k")
+
+
+def show_bytes(count: int | None) -> str:
+    """Bytes in KiB, MiB or GiB, `-` when unknown."""
+    if count is None:
+        return "-"
+    if count < 1 << 20:
+        return f"{count / (1 << 10):.0f} KiB"
+    return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"
+
+
+def _parse(text: str, units: dict[str, int], meaning: str) -> int:
+    match = _QUANTITY.fullmatch(text.strip())
+    if match is None or match["unit"].lower() not in units:
+        raise UsageFault(f"{text!r} is not {meaning}")
+    return int(float(match["number"]) * units[match["unit"].lower()])
