@@ -397,3 +397,15 @@ def test_a_name_that_is_no_repository_is_refused(repo: str) -> None:
 def test_a_revision_that_leaves_the_cache_is_refused(revision: str) -> None:
     with pytest.raises(UsageFault):
         hub.download("Qwen/Tiny", revision, offline=True)
+
+
+def test_a_build_from_the_hub_records_repository_and_commit(child: Downloader, repo: Repo, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["build", repo.name, "-t", "x86-avx2", "--backend", "null", "--max-loss", "99", "-o", str(out)]
+    env = environment(child.server.url, child.home)
+    command = [sys.executable, "-m", "edgeq.cli", *words]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    source = json.loads((out / "edgeq.json").read_text())["source"]
+    assert (source["kind"], source["name"], source["revision"]) == ("hub", repo.name, COMMIT)
+    assert {file["path"] for file in source["files"]} >= {FIRST, SECOND, "config.json"}

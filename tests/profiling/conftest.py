@@ -35,8 +35,8 @@ def make_bundle(folder: Path, context: int = 256) -> bundle.Bundle:
     )
     accuracy.save(reference, folder / bundle.REFERENCE)
     gate = bundle.Gate(
-        passed=True, kl_mean=0.0, top1_agreement=1.0, perplexity_reference=2.0, perplexity=2.0, reason=None,
-        max_loss=0.05, tokens=92, text_sha256="0" * 64, ran_on="null",
+        passed=True, kl_mean=0.0, kl_weights_only=0.0, top1_agreement=1.0, perplexity_reference=2.0, perplexity=2.0,
+        reason=None, max_loss=0.05, tokens=92, text_sha256="0" * 64, ran_on="null",
     )  # fmt: skip
     manifest = bundle.seal(
         bundle.Bundle(

@@ -102,7 +102,7 @@ class Losses:
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Log-probabilities of logits [n, vocabulary]."""
-    shifted = logits - logits.max(axis=1, keepdims=True)
+    shifted: NDArray[np.float32] = logits - logits.max(axis=1, keepdims=True)
     total = np.exp(shifted).sum(axis=1, keepdims=True, dtype=np.float64)
     shifted -= np.log(total).astype(np.float32)
     return shifted
@@ -193,7 +193,7 @@ def mcnemar(lost: int, gained: int) -> float:
     """Two-sided exact p-value that flips both ways are equally likely (McNemar 1947, binomial form)."""
     total, fewer = lost + gained, min(lost, gained)
     tail = sum(math.comb(total, n) for n in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**total)
+    return float(min(1.0, 2 * tail / 2**total))
 
 
 def loops(tokens: Sequence[int]) -> bool:

@@ -140,14 +140,14 @@ def build(work: Plan, progress: Progress) -> Built:
     checkpoint.scan(lambda done, total: step("scan", done, total))
     with store.staging(work.out, work.bytes) as folder:
         text = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")
-        record = reference.quick(checkpoint, text, work.context, step)
+        record, weights_only = reference.quick(checkpoint, work.recipe, text, work.context, step)
         _copy_side_files(checkpoint, template, folder)
         engine.build(Job(checkpoint, work.recipe, work.target, work.context, step), folder)
         accuracy.save(record, folder / bundle.REFERENCE)
         draft = _describe(work, folder, engine.PROVIDER, tools)
         session = engine.load(folder, draft)
         try:
-            result = gate.check(record, session, work.max_loss, step)
+            result = gate.check(record, session, work.max_loss, weights_only, step)
         finally:
             session.close()
         gate.require(
@@ -225,7 +225,7 @@ def _describe(work: Plan, folder: Path, provider: str, tools: tuple[str, ...]) -
         tools=tools,
         notes=work.notes,
         files=bundle.files_in(folder),
-        gate=Gate.failed("not run yet", work.max_loss, ""),
+        gate=Gate.failed("not run yet", 0.0, work.max_loss, ""),
     )
 
 

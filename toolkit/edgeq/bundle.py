@@ -34,10 +34,14 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Result of the accuracy gate: KL divergence in nats per token, agreement from 0 to 1."""
+    """Result of the accuracy gate: KL divergences in nats per token, agreement from 0 to 1.
+
+    kl_weights_only is the loss of the quantized weights without the engine; `max_loss` the limit that was asked for.
+    """
 
     passed: bool
     kl_mean: float | None
+    kl_weights_only: float
     top1_agreement: float | None
     perplexity_reference: float | None
     perplexity: float | None
@@ -48,9 +52,10 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ran_on: str
 
     @classmethod
-    def failed(cls, reason: str, max_loss: float, text_sha256: str) -> Gate:
+    def failed(cls, reason: str, kl_weights_only: float, max_loss: float, text_sha256: str) -> Gate:
         """Result of a bundle whose loss could not be computed."""
-        return cls(False, None, None, None, None, reason, max_loss, 0, text_sha256, platform.machine())
+        here = platform.machine()
+        return cls(False, None, kl_weights_only, None, None, None, reason, max_loss, 0, text_sha256, here)
 
 
 class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

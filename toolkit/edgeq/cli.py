@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from edgeq import __version__
 from edgeq.errors import EdgeqError, Interrupted, UsageFault, from_system
 
 _PIPE_COLUMNS = 1000
@@ -29,6 +30,7 @@ models_app = typer.Typer(help="The Qwen models that edgeq knows.", no_args_is_he
 app.add_typer(targets_app, name="targets")
 app.add_typer(models_app, name="models")
 
+Version = Annotated[bool, typer.Option("--version", help="Print edgeq's version.", is_eager=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 Bundle = Annotated[Path, typer.Argument(help="Folder that edgeq build made.", metavar="BUNDLE")]
@@ -49,6 +51,14 @@ def main(words: list[str] | None = None) -> int:
             raise
         return _complain(known)
     return 0
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Version = False) -> None:
+    """Quantize, build, check and measure small Qwen models for edge devices."""
+    if version:
+        typer.echo(f"edgeq {__version__}")
+        raise typer.Exit
 
 
 @app.command()
@@ -103,7 +113,7 @@ def profile(
         str, typer.Option(help="none, quick (the bundle's reference) or full (run it here).")
     ] = "quick",
     text: Annotated[Path | None, typer.Option(help="UTF-8 file to measure accuracy on.")] = None,
-    save: Annotated[bool, typer.Option("--save", help="Keep the row in profiles/.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Keep the row in ./profiles/<target>/.")] = False,
     json: Json = False,
 ) -> None:
     """Measure speed, memory and accuracy loss of a bundle on this machine, in one row."""
@@ -113,6 +123,8 @@ def profile(
     plan = measure.Plan(_numbers(prompts), tokens, _numbers(depths), repetitions, accuracy)
     with _progress() as progress:
         row = run.profile(bundle, target=target, progress=progress, plan=plan, text=text, save=save)
+    if save:
+        _say(f"saved as {run.saved_path(row)}")
     _show(row, json, tables.profile)
 
 

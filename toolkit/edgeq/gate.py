@@ -12,29 +12,41 @@ from edgeq.backends.base import Progress, Session
 from edgeq.bundle import Gate
 from edgeq.errors import GateFailed
 
+ENGINE_SHARE = 0.25
+ENGINE_FLOOR = 0.005
 
-def check(reference: Reference, session: Session, max_loss: float, progress: Progress) -> Gate:
-    """Gate's result for a loaded bundle: finite logits, mean KL divergence <= `max_loss` (nats per token), no loop.
 
-    A loop is a continuation that repeats one phrase where the reference's own does not.
+def check(reference: Reference, session: Session, max_loss: float, weights_only: float, progress: Progress) -> Gate:
+    """Gate's result for a loaded bundle.
+
+    It passes with finite logits, a mean KL divergence <= `max_loss` (nats per token) that is also explained by the
+    quantized weights (`weights_only`, plus a quarter and 0.005 for the engine's own arithmetic: small errors add up as
+    their squares, and 8-bit activations are finer than 4-bit weights), and no loop: no continuation that repeats one
+    phrase where the reference's own does not.
     """
     losses: list[Losses] = []
     for index, window in enumerate(reference.windows):
         progress("gate", index, len(reference.windows))
         logits = session.logits(window.tolist())
         if not np.isfinite(logits).all():
-            return Gate.failed(f"window {index}: logits are not finite", max_loss, reference.text_sha256)
+            return Gate.failed(f"window {index}: logits are not finite", weights_only, max_loss, reference.text_sha256)
         losses.append(accuracy.compare(reference, index, logits))
     found = accuracy.summarize(reference, losses)
     reason = None
     if found.kl_mean > max_loss:
         reason = f"KL divergence {found.kl_mean:.4f} nats per token is above the limit of {max_loss:g}"
+    elif found.kl_mean > weights_only * (1 + ENGINE_SHARE) + ENGINE_FLOOR:
+        reason = (
+            f"KL divergence {found.kl_mean:.4f}, but the quantized weights alone lose only {weights_only:.4f} nats per "
+            "token: the engine does not run the weights that were quantized"
+        )
     elif _loops(reference, session):
         reason = "greedy decoding repeats one phrase, the float32 reference does not"
     progress("gate", len(reference.windows), len(reference.windows))
     return Gate(
         passed=reason is None,
         kl_mean=found.kl_mean,
+        kl_weights_only=weights_only,
         top1_agreement=found.top1_agreement,
         perplexity_reference=found.perplexity_reference,
         perplexity=found.perplexity,

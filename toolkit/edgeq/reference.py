@@ -10,16 +10,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq import transformer
+from edgeq import accuracy, transformer
 from edgeq.accuracy import PROMPT, TOP_K, Reference, likeliest
 from edgeq.backends.base import Progress
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import CorruptInput, UsageFault
+from edgeq.quantize.solve import rounded
+from edgeq.recipe import Recipe
+from edgeq.size import is_quantized
 
 LENGTH = 128
 QUICK_WINDOWS = 8
 FULL_WINDOWS = 48
-_CONTINUATION = 48
+_CONTINUATION = 32
 
 
 def windows(folder: Path, text: str, count: int, length: int, vocab: int) -> NDArray[np.int32]:
@@ -43,42 +46,80 @@ def windows(folder: Path, text: str, count: int, length: int, vocab: int) -> NDA
     return np.array([ids[start : start + length] for start in starts], np.int32)
 
 
-def record(
-    checkpoint: Checkpoint, text: str, count: int, keep: int, progress: Progress, length: int = LENGTH
-) -> Reference:
-    """Reference over `count` windows of `length` tokens, keeping the `keep` likeliest tokens of each position.
+def full(checkpoint: Checkpoint, text: str, progress: Progress) -> Reference:
+    """Reference over much of a text, every log-probability kept. Holds the model in float32, 4 bytes a weight."""
+    found = windows(checkpoint.folder, text, FULL_WINDOWS, LENGTH, checkpoint.model.vocab)
+    return _record(transformer.instantiate(checkpoint, lambda _: True), found, text, checkpoint.model.vocab, progress)
 
-    Holds the model in float32 (4 bytes a weight) while it runs; raises CorruptInput at logits that are not finite.
+
+def quick(
+    checkpoint: Checkpoint, recipe: Recipe, text: str, context: int, progress: Progress
+) -> tuple[Reference, float]:
+    """The reference that a bundle carries, and the loss of the recipe's weights alone.
+
+    That loss is the KL divergence, in nats per token, of the same transformers model with every matrix replaced by what
+    the recipe makes of it: what an engine loses beyond it is the engine's. Holds the model in float32.
     """
+    length = min(LENGTH, context - _CONTINUATION)
+    found = windows(checkpoint.folder, text, QUICK_WINDOWS, length, checkpoint.model.vocab)
+    model = transformer.instantiate(checkpoint, lambda _: True)
+    reference = _record(model, found, text, min(TOP_K, checkpoint.model.vocab), progress)
+    return reference, _weights_only(model, checkpoint, recipe, reference, progress)
+
+
+def _record(model: Any, found: NDArray[np.int32], text: str, keep: int, progress: Progress) -> Reference:
+    """Reference over token windows, keeping the `keep` likeliest tokens of each position."""
     import torch
 
-    vocab = checkpoint.model.vocab
-    found = windows(checkpoint.folder, text, count, length, vocab)
-    keep = min(keep, vocab)
-    model = transformer.instantiate(checkpoint, lambda _: True)
+    length = found.shape[1]
     ids = np.empty((len(found), length - 1, keep), np.uint32)
     log_probs = np.empty(ids.shape, np.float32)
     following = np.empty(ids.shape[:2], np.float32)
     with torch.inference_mode():
         for index, window in enumerate(found):
             progress("reference", index, len(found))
-            logits = model(input_ids=torch.from_numpy(window[None].astype(np.int64))).logits[0, :-1].numpy()
+            logits = _logits(model, window)[:-1]
             if not np.isfinite(logits).all():
                 raise CorruptInput(
-                    f"{checkpoint.folder}: the checkpoint's own float32 logits are not finite",
-                    run="download the checkpoint again",
+                    "the checkpoint's own float32 logits are not finite", run="download the checkpoint again"
                 )
             ids[index], log_probs[index], all_log_probs = likeliest(logits, keep)
             following[index] = np.take_along_axis(all_log_probs, window[1:, None].astype(np.int64), axis=1)[:, 0]
         continuation = _continue(model, found[0, :PROMPT])
     progress("reference", len(found), len(found))
     digest = hashlib.sha256(text.encode()).hexdigest()
+    vocab = int(model.config.vocab_size)
     return Reference(found, ids, log_probs, following, np.array(continuation, np.int32), digest, vocab)
 
 
-def quick(checkpoint: Checkpoint, text: str, context: int, progress: Progress) -> Reference:
-    """The reference that a bundle carries."""
-    return record(checkpoint, text, QUICK_WINDOWS, TOP_K, progress, min(LENGTH, context - _CONTINUATION))
+def _weights_only(
+    model: Any, checkpoint: Checkpoint, recipe: Recipe, reference: Reference, progress: Progress
+) -> float:
+    """Loss of a model whose matrices are replaced in place by what a recipe makes of them."""
+    import torch
+
+    names = [name for name in checkpoint.model.tensors() if is_quantized(name)]
+    if recipe.bits == 16 and all(checkpoint.dtype(name) != "F32" for name in names):
+        return 0.0
+    total = len(names) + len(reference.windows)
+    with torch.inference_mode():
+        for done, name in enumerate(names):
+            progress("weights only", done, total)
+            model.get_parameter(name).data = torch.from_numpy(rounded(checkpoint, recipe, name))
+        losses = []
+        for window, tokens in enumerate(reference.windows):
+            progress("weights only", len(names) + window, total)
+            losses.append(accuracy.compare(reference, window, _logits(model, tokens)))
+    progress("weights only", total, total)
+    return accuracy.summarize(reference, losses).kl_mean
+
+
+def _logits(model: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Logits [length, vocabulary] of one window."""
+    import torch
+
+    logits: NDArray[np.float32] = model(input_ids=torch.from_numpy(tokens[None].astype(np.int64))).logits[0].numpy()
+    return logits
 
 
 def _continue(model: Any, prompt: Sequence[int] | NDArray[np.int32]) -> list[int]:

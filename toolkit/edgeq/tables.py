@@ -192,7 +192,8 @@ def _gate(gate: Gate) -> str:
         return f"failed: {gate.reason}"
     verdict = "passed" if gate.passed else f"failed: {gate.reason}"
     return (
-        f"{verdict}; KL {gate.kl_mean:.5f} (limit {gate.max_loss:g}), top-1 {gate.top1_agreement:.3f}, "
+        f"{verdict}; KL {gate.kl_mean:.5f} (weights alone {gate.kl_weights_only:.5f}, limit {gate.max_loss:g}), "
+        f"top-1 {gate.top1_agreement:.3f}, "
         f"perplexity {gate.perplexity_reference:.3f} -> {gate.perplexity:.3f}, on {gate.ran_on}"
     )
 

@@ -31,7 +31,7 @@ def verify(folder: Path, progress: Progress) -> Verified:
     reference = accuracy.load(folder / bundle.REFERENCE)
     session = backends.get(made.backend).load(folder, made)
     try:
-        result = gate.check(reference, session, made.gate.max_loss, progress)
+        result = gate.check(reference, session, made.gate.max_loss, made.gate.kl_weights_only, progress)
     finally:
         session.close()
     gate.require(result, f"{folder}", "build the bundle again; if it fails again, report the machine with edgeq doctor")

@@ -46,8 +46,13 @@ def profile(
         full = _full_reference(made, text, Path(scratch), progress) if plan.accuracy == "full" else None
         row = measure.profile(folder, device, machine, plan, progress=progress, full_reference=full)
     if save:
-        profiles.write(row, profiles.path(device.name, row.model, row.recipe, row.backend))
+        profiles.write(row, saved_path(row))
     return row
+
+
+def saved_path(row: Profile) -> Path:
+    """Where `save` keeps a row: profiles/<target>/<model>.<recipe>.<backend>.json below the current folder."""
+    return profiles.path(row.target, row.model, row.recipe, row.backend, Path("profiles"))
 
 
 def _full_reference(
@@ -67,7 +72,6 @@ def _full_reference(
         ) from error
     checkpoint = Checkpoint.open(origin.folder)
     words = (text or data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")
-    count, keep = reference.FULL_WINDOWS, checkpoint.model.vocab
     path = scratch / bundle.REFERENCE
-    accuracy.save(reference.record(checkpoint, words, count, keep, progress), path)
+    accuracy.save(reference.full(checkpoint, words, progress), path)
     return path

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import UsageFault
+from edgeq.errors import GateFailed, UsageFault
 from edgeq.quantize import rtn
 from edgeq.quantize.solution import Solution
 from edgeq.recipe import Recipe
 from edgeq.size import TABLES
 
 PIECE = 1 << 22
+_LARGEST_ERROR = 4.0
 
 
 def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution:
     """Quantized form of one matrix of a checkpoint.
 
     Holds the codes (one byte a weight) and about 4 million float32 weights per thread. Raises UsageFault when the
-    recipe's group does not divide the matrix's inputs.
+    recipe's group does not divide the matrix's inputs, and GateFailed when the result is not the matrix any more:
+    its error, root mean square over that of the weights, is above 4 / 2**bits. (A step is 2**(1 - bits) of a group's
+    largest weight and the error a step / sqrt(12), so 4 leaves room for weights of any likely shape.)
     """
     outputs, inputs = checkpoint.model.tensors()[name]
     if inputs % recipe.group:
@@ -35,11 +41,34 @@ def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution:
     zero_points = np.empty(scales.shape, np.uint8)
     step = max(1, PIECE // inputs)
 
-    def piece(start: int) -> None:
+    def piece(start: int) -> tuple[float, float]:
         rows = slice(start, min(start + step, outputs))
         weights = checkpoint.rows(name, rows.start, rows.stop)
         codes[rows], scales[rows], zero_points[rows] = rtn.quantize(weights, bits, recipe.group)
+        made = Solution(name, bits, recipe.group, codes[rows], scales[rows], zero_points[rows]).dequantize()
+        return float(np.square(weights - made).sum()), float(np.square(weights).sum())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(piece, range(0, outputs, step)))
+        errors = list(pool.map(piece, range(0, outputs, step)))
+    lost, total = (math.fsum(each) for each in zip(*errors, strict=True))
+    if lost > (_LARGEST_ERROR / 2**bits) ** 2 * total:
+        raise GateFailed(
+            f"{name}: quantizing to {bits} bits lost {math.sqrt(lost / total):.1%} of the matrix",
+            why=f"{bits} bits in groups of {recipe.group} lose at most {_LARGEST_ERROR / 2**bits:.1%} of a real one.",
+            run="download the checkpoint again, or choose a recipe with more bits",
+        )
     return Solution(name, bits, recipe.group, codes, scales, zero_points)
+
+
+def rounded(checkpoint: Checkpoint, recipe: Recipe, name: str) -> NDArray[np.float32]:
+    """What a recipe makes of one matrix, as float32 [outputs, inputs]."""
+    if recipe.bits != 16:
+        return solve(checkpoint, recipe, name).dequantize()
+    return checkpoint.tensor(name).astype(half(checkpoint, name)).astype(np.float32)
+
+
+def half(checkpoint: Checkpoint, name: str) -> np.dtype[Any]:
+    """The 16-bit type that w16 stores a matrix in: the checkpoint's own, bfloat16 where that is wider."""
+    import ml_dtypes
+
+    return np.dtype(np.float16 if checkpoint.dtype(name) == "F16" else ml_dtypes.bfloat16)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edgeq.backends.base import Job
 from edgeq.model import Model
 from edgeq.quantize.solution import Solution
-from edgeq.quantize.solve import PIECE, solve
+from edgeq.quantize.solve import PIECE, half, solve
 from edgeq.size import TABLES, is_quantized
 
 MODEL = "model.onnx"
@@ -112,10 +112,9 @@ def _quantize(data: _DataFile, job: Job, tensors: Sequence[str], users: Iterable
 
 def _cast(data: _DataFile, job: Job, tensors: Sequence[str], users: Iterable[Any]) -> None:
     """Store 16 bits a weight, as the checkpoint does; float32 rows are made after the lookup, matrices when loading."""
-    import ml_dtypes
     import onnx_ir as ir
 
-    kind: Any = np.float16 if job.checkpoint.dtype(tensors[0]) == "F16" else ml_dtypes.bfloat16
+    kind = half(job.checkpoint, tensors[0])
     stored = data.append(rows.astype(kind) for name in tensors for rows in _pieces(job, name))
     weight = data.initializer(tensors[0] if len(tensors) == 1 else tensors[0].replace("q_proj", "qkv_proj"), stored)
     for node in users:

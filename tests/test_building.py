@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import checkpoints
+from conftest import Build, quiet
+from edgeq import building, bundle
+from edgeq.backends import null
+from edgeq.errors import CorruptInput, GateFailed, MissingTool, NothingFits, UnsafeInput, UsageFault
+
+
+def plan(model: Path | str, out: Path, **options: object) -> building.Plan:
+    words: dict[str, object] = {"target": "x86-avx2", "recipe_name": "w4g32-e8-rtn", "backend": "null", "context": 256}
+    return building.plan(str(model), out=out, **(words | options))  # type: ignore[arg-type]
+
+
+def test_a_bundle_is_sealed_complete_and_says_where_it_came_from(built: Build, tiny: Build) -> None:
+    folder = built("3", "w4g32-e8-rtn")
+    made = bundle.read(folder)
+    bundle.verify_files(folder, made)
+    assert made.generation == "3"
+    assert made.source.kind == "folder"
+    assert {file.path for file in made.source.files} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {file.path for file in made.files} >= {
+        "model.onnx",
+        "model.onnx.data",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "generation_config.json",
+        "genai_config.json",
+        bundle.REFERENCE,
+    }
+    assert any(tool.startswith("onnxruntime ") for tool in made.tools)
+    assert made.gate.passed
+    assert made.gate.ran_on == platform.machine()
+
+
+def test_the_bundle_is_the_same_bytes_when_built_again(built: Build, tiny: Build, tmp_path: Path) -> None:
+    first = bundle.read(built("3", "w4g32-e8-rtn"))
+    again = plan(tiny("3"), tmp_path / "again", backend="onnx")
+    building.build(again, quiet)
+    assert bundle.read(again.out).files == first.files
+
+
+def test_a_failed_gate_leaves_no_bundle_and_no_staging_folder(tiny: Build, tmp_path: Path) -> None:
+    work = plan(tiny("3"), tmp_path / "bundles" / "one", max_loss=1e-6)
+    with pytest.raises(GateFailed, match="above the limit"):
+        building.build(work, quiet)
+    assert list((tmp_path / "bundles").iterdir()) == []
+
+
+def test_a_failed_build_keeps_the_older_bundle(tiny: Build, tmp_path: Path) -> None:
+    out = tmp_path / "one"
+    building.build(plan(tiny("3"), out, max_loss=100.0), quiet)
+    before = bundle.read(out)
+    with pytest.raises(GateFailed):
+        building.build(plan(tiny("3"), out, max_loss=1e-6), quiet)
+    assert bundle.read(out) == before
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    folder = checkpoints.write(tmp_path / "nan", "3")
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-2:] = b"\xc0\x7f"
+    weights.write_bytes(content)
+    with pytest.raises(CorruptInput, match="model"):
+        building.build(plan(folder, tmp_path / "out"), quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hostile_chat_template_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    folder = checkpoints.write(tmp_path / "hostile", "3")
+    (folder / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(UnsafeInput):
+        building.build(plan(folder, tmp_path / "out"), quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_vision_tower_is_left_out_and_the_plan_says_so(tiny: Build, tmp_path: Path) -> None:
+    work = plan(tiny("3.5", multimodal=True, shards=2), tmp_path / "out")
+    assert any("vision tower is left out" in note for note in work.notes)
+
+
+def test_a_gpu_target_without_its_backends_gets_the_cpu_bundle_and_is_told(tiny: Build, tmp_path: Path) -> None:
+    work = plan(tiny("3"), tmp_path / "out", target="jetson", backend="auto", recipe_name="auto")
+    assert (work.backend, work.target.name) == ("onnx", "jetson-orin-nano-super-8gb")
+    assert str(work.recipe) == work.target.recipes[0]
+    assert any("no GPU backend is installed" in note for note in work.notes)
+    if platform.machine() != "aarch64":
+        assert any("the gate runs the same graph on this" in note for note in work.notes)
+
+
+def test_the_largest_size_chooses_the_best_recipe_that_fits(tiny: Build, tmp_path: Path) -> None:
+    best, smallest = (plan(tiny("3"), tmp_path, recipe_name=name) for name in ("w4g32-e8-rtn", "w4g32-e4-rtn"))
+    assert smallest.bytes < best.bytes
+    work = plan(tiny("3"), tmp_path / "out", recipe_name="auto", max_size=best.bytes - 1)
+    assert str(work.recipe) == "w4g32-e4-rtn"
+    with pytest.raises(NothingFits, match="no recipe fits"):
+        plan(tiny("3"), tmp_path / "out", recipe_name="auto", max_size=100)
+
+
+def test_more_context_than_the_checkpoint_has_is_refused_with_its_number(tiny: Build, tmp_path: Path) -> None:
+    with pytest.raises(UsageFault, match="512 tokens"):
+        plan(tiny("3"), tmp_path / "out", context=100_000)
+
+
+def test_a_group_that_does_not_divide_a_matrix_leaves_nothing(tiny: Build, tmp_path: Path) -> None:
+    work = plan(tiny("3"), tmp_path / "out", recipe_name="w4g128-e8-rtn", backend="onnx")
+    with pytest.raises(UsageFault, match="does not divide"):
+        building.build(work, quiet)
+    assert not work.out.exists()
+
+
+def test_a_target_with_no_usable_backend_names_each_reason(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent() -> tuple[str, ...]:
+        raise MissingTool("no engine", run="pip install engine")
+
+    monkeypatch.setattr("edgeq.backends.onnx.tools", absent)
+    with pytest.raises(MissingTool, match="no backend") as caught:
+        building.plan(str(tiny("3")), target="x86-avx2")
+    assert "pip install engine" in caught.value.why
+
+
+def test_the_document_has_every_promised_key(tiny: Build, tmp_path: Path) -> None:
+    import msgspec
+
+    document = msgspec.to_builtins(building.build(plan(tiny("2.5"), tmp_path / "out", max_loss=100.0), quiet))
+    assert document.keys() >= {
+        *("bundle", "digest", "model", "generation", "target", "recipe", "backend", "provider", "bytes"),
+        *("bits_per_weight", "seconds", "peak_rss_bytes", "peak_anonymous_bytes", "gate"),
+    }
+    assert document["gate"].keys() >= {
+        *("passed", "kl_mean", "top1_agreement", "perplexity_reference", "perplexity", "reason"),
+    }
+    assert document["provider"] == null.PROVIDER
+    assert np.isfinite(document["gate"]["kl_mean"])

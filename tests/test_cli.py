@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import edgeq
+from conftest import Build
+from edgeq import cli
+
+HEAVY = ("torch", "transformers", "onnxruntime", "onnx_ir", "numpy", "huggingface_hub", "rich", "jinja2", "tokenizers")
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    code = cli.main(list(words))
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys; from edgeq import cli; code = cli.main(['--help']); "
+        f"loaded = [name for name in {HEAVY!r} if name in sys.modules]; print(loaded, file=sys.stderr); sys.exit(code)"
+    )
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (child.returncode, child.stderr.strip()) == (0, "[]")
+    for command in ("build", "profile", "run", "verify", "targets", "models", "doctor"):
+        assert command in child.stdout
+
+
+def test_an_unknown_option_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "build", "--nonsense")[0] == 2
+
+
+def test_errors_say_what_why_and_what_to_run_next_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "build", "demo-qwen3", "--target", "jetsn")
+    assert (code, out) == (2, "")
+    assert "'jetsn' is not a target" in err
+    assert "jetson" in err
+    assert "Next: edgeq targets list" in err
+
+
+@pytest.mark.parametrize(("words", "missing"), [(["build"], "--target"), (["build", "-t", "host"], "MODEL")])
+def test_a_build_without_its_words_says_which(
+    capsys: pytest.CaptureFixture[str], words: list[str], missing: str
+) -> None:
+    code, _, err = run(capsys, *words)
+    assert code == 2
+    assert f"{missing} is missing" in err
+
+
+def test_a_build_for_the_jetson_says_on_stderr_that_no_gpu_backend_is_installed(
+    capsys: pytest.CaptureFixture[str], tiny: Build, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    words = ["build", str(tiny("2.5")), "--target", "jetson", "-o", str(out), "--context", "256", "--json"]
+    code, printed, err = run(capsys, *words)
+    assert code == 0, err
+    assert "no GPU backend is installed" in err
+    assert "llamacpp would suit the device better" in err
+    document = json.loads(printed.splitlines()[-1])
+    assert document["target"] == "jetson-orin-nano-super-8gb"
+    assert Path(document["bundle"]) == out
+    assert (out / "edgeq.json").is_file()
+
+
+def test_a_dry_run_builds_nothing(capsys: pytest.CaptureFixture[str], tiny: Build, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["build", str(tiny("3")), "-t", "x86-avx2", "--recipe", "w4g32-e8-rtn", "-o", str(out), "--dry-run"]
+    code, printed, _ = run(capsys, *words)
+    assert code == 0
+    assert "not built" in printed
+    assert not out.exists()
+
+
+def test_verify_and_run_work_on_a_bundle(capsys: pytest.CaptureFixture[str], built: Build) -> None:
+    folder = str(built("3", "w4g32-e8-rtn"))
+    code, printed, err = run(capsys, "verify", folder, "--json")
+    assert code == 0, err
+    assert json.loads(printed)["gate"]["passed"] is True
+    assert run(capsys, "run", folder, "Hello", "--max-tokens", "4")[0] == 0
+
+
+def test_a_folder_that_is_no_bundle_is_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for command in ("verify", "profile", "run"):
+        code, _, err = run(capsys, command, str(tmp_path))
+        assert code == 2
+        assert "is not a bundle" in err
+
+
+def test_a_profile_of_another_device_is_refused(
+    capsys: pytest.CaptureFixture[str], built: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeq.detect.mismatch", lambda target, machine: "The machine is a toaster.")
+    code, _, err = run(capsys, "profile", str(built("3", "w4g32-e8-rtn")), "--target", "jetson")
+    assert code == 7
+    assert "this machine is not jetson-orin-nano-super-8gb" in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["targets", "list"],
+        ["targets", "show", "jetson"],
+        ["targets", "detect"],
+        ["models", "list"],
+        ["models", "show", "qwen3.5-4b"],
+        ["doctor", "--target", "jetson"],
+    ],
+)
+def test_the_looking_commands_print_a_table_and_one_json_document(
+    capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    code, table, err = run(capsys, *words)
+    assert (code, err) == (0, "")
+    assert len(table.splitlines()) > 3
+    code, printed, _ = run(capsys, *words, "--json")
+    assert code == 0
+    assert json.loads(printed.splitlines()[-1])
+
+
+def test_detect_has_the_promised_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    document = json.loads(run(capsys, "targets", "detect", "--json")[1])
+    assert document.keys() >= {"target", "cpu", "isa", "memory_bytes", "accelerators", "backends"}
+    assert document["backends"][0].keys() >= {"name", "usable", "reason"}
+
+
+def test_a_target_file_of_ones_own_is_validated(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from edgeq import data
+
+    good = tmp_path / "mine.toml"
+    text = (data.folder("targets") / "x86-avx2.toml").read_text()
+    good.write_text(text)
+    assert run(capsys, "targets", "validate", str(good))[0] == 0
+    good.write_text(text + "\n[surprise]\n")
+    code, _, err = run(capsys, "targets", "validate", str(good))
+    assert code == 10
+    assert "surprise" in err
+
+
+def test_sizes_and_tokens_are_read_as_people_write_them(capsys: pytest.CaptureFixture[str], tiny: Build) -> None:
+    words = ["build", str(tiny("3")), "-t", "x86-avx2", "--dry-run"]
+    assert run(capsys, *words, "--max-size", "1MB", "--context", "0.25k")[0] == 0
+    code, _, err = run(capsys, *words, "--max-size", "lots")
+    assert code == 2
+    assert "450MB" in err
+
+
+def test_python_has_the_same_words(tiny: Build, tmp_path: Path) -> None:
+    made = edgeq.build(
+        str(tiny("2.5")), target="x86-avx2", recipe="w4g32-e8-rtn", backend="null", context=256, max_loss=99.0,
+        out=tmp_path / "out",
+    )  # fmt: skip
+    assert made.recipe == "w4g32-e8-rtn"
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_stopped_build_exits_with_130_and_leaves_nothing(tiny: Build, tmp_path: Path, name: str) -> None:
+    script = (
+        "import os, signal, sys; from edgeq import cli, reference; "
+        f"reference.quick = lambda *_: os.kill(os.getpid(), signal.{name}); sys.exit(cli.main(sys.argv[1:]))"
+    )
+    place = tmp_path / "place"
+    words = ["build", str(tiny("3")), "-t", "x86-avx2", "--backend", "null", "-o", str(place / "out")]
+    child = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert child.returncode == 130, child.stderr
+    assert f"stopped by {name}" in child.stderr
+    assert list(place.iterdir()) == []
