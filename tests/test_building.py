@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import checkpoints
 from conftest import Build, quiet
 from edgeq import building, bundle
 from edgeq.backends import null
-from edgeq.errors import CorruptInput, GateFailed, MissingTool, NothingFits, UnsafeInput, UsageFault
+from edgeq.errors import CorruptInput, GateFailed, MissingTool, NothingFits, OutOfMemory, UnsafeInput, UsageFault
 
 
 def plan(model: Path | str, out: Path, **options: object) -> building.Plan:
@@ -39,6 +40,13 @@ def test_a_bundle_is_sealed_complete_and_says_where_it_came_from(built: Build, t
     assert made.gate.ran_on == platform.machine()
 
 
+def test_an_engine_that_does_not_run_the_quantized_weights_is_refused_whatever_the_limit(
+    tiny: Build, tmp_path: Path
+) -> None:
+    with pytest.raises(GateFailed, match="the engine does not run the weights that were quantized"):
+        building.build(plan(tiny("3"), tmp_path / "out", max_loss=100.0), quiet)
+
+
 def test_the_bundle_is_the_same_bytes_when_built_again(built: Build, tiny: Build, tmp_path: Path) -> None:
     first = bundle.read(built("3", "w4g32-e8-rtn"))
     again = plan(tiny("3"), tmp_path / "again", backend="onnx")
@@ -53,6 +61,13 @@ def test_a_failed_gate_leaves_no_bundle_and_no_staging_folder(tiny: Build, tmp_p
     assert list((tmp_path / "bundles").iterdir()) == []
 
 
+@pytest.fixture
+def any_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the null backend through, whose logits have nothing to do with the weights."""
+    monkeypatch.setattr("edgeq.gate.ENGINE_FLOOR", 100.0)
+
+
+@pytest.mark.usefixtures("any_engine")
 def test_a_failed_build_keeps_the_older_bundle(tiny: Build, tmp_path: Path) -> None:
     out = tmp_path / "one"
     building.build(plan(tiny("3"), out, max_loss=100.0), quiet)
@@ -126,6 +141,7 @@ def test_a_target_with_no_usable_backend_names_each_reason(tiny: Build, monkeypa
     assert "pip install engine" in caught.value.why
 
 
+@pytest.mark.usefixtures("any_engine")
 def test_the_document_has_every_promised_key(tiny: Build, tmp_path: Path) -> None:
     import msgspec
 
@@ -139,3 +155,14 @@ def test_the_document_has_every_promised_key(tiny: Build, tmp_path: Path) -> Non
     }
     assert document["provider"] == null.PROVIDER
     assert np.isfinite(document["gate"]["kl_mean"])
+
+
+def test_too_little_memory_is_said_with_the_prediction_before_any_work(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=500_000_000))
+    steps: list[str] = []
+    with pytest.raises(OutOfMemory, match=r"needs about 0\.8 GB of memory, 0\.5 GB are available") as caught:
+        building.build(plan(tiny("3"), tmp_path / "out"), lambda phase, *_: steps.append(phase))
+    assert caught.value.exit_code == 21
+    assert steps == []

@@ -114,7 +114,7 @@ def likeliest(
     """Ids and log-probabilities of the `k` likeliest tokens at each row, likeliest first, and all log-probabilities."""
     log_probs = log_softmax(logits)
     if k < log_probs.shape[1]:
-        ids = np.argpartition(log_probs, -k, axis=1)[:, -k:]
+        ids = np.sort(np.argpartition(log_probs, -k, axis=1)[:, -k:], axis=1)
     else:
         ids = np.broadcast_to(np.arange(k), log_probs.shape)
     kept = np.take_along_axis(log_probs, ids, axis=1)
@@ -225,7 +225,7 @@ def load(path: Path) -> Reference:
     """Reference that `save` wrote; raises CorruptInput when it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return Reference(
+            found = Reference(
                 windows=arrays["windows"],
                 ids=arrays["ids"],
                 log_probs=arrays["log_probs"],
@@ -234,5 +234,26 @@ def load(path: Path) -> Reference:
                 text_sha256=str(arrays["text_sha256"]),
                 vocab=int(arrays["vocab"]),
             )
-    except (OSError, ValueError, KeyError) as error:
+        _check(found)
+    except Exception as error:
         raise CorruptInput(f"{path}: not a recorded reference", why=str(error)) from error
+    return found
+
+
+def _check(found: Reference) -> None:
+    """Raise ValueError when the arrays do not fit together, as `compare` takes for granted."""
+    count, length = found.windows.shape
+    kept = found.ids.shape[-1]
+    if count < 1 or length < 2 or not 1 <= kept <= found.vocab:
+        raise ValueError(f"{count} windows of {length} tokens, {kept} of {found.vocab} log-probabilities")
+    wanted = {"ids": (count, length - 1, kept), "log_probs": (count, length - 1, kept)}
+    wanted["next_log_probs"] = (count, length - 1)
+    for name, shape in wanted.items():
+        if getattr(found, name).shape != shape:
+            raise ValueError(f"{name} has shape {getattr(found, name).shape} instead of {shape}")
+    for name, tokens in (("windows", found.windows), ("ids", found.ids), ("continuation", found.continuation)):
+        if tokens.dtype.kind not in "iu" or (tokens.size and not 0 <= tokens.min() <= tokens.max() < found.vocab):
+            raise ValueError(f"{name} holds something else than tokens of a vocabulary of {found.vocab}")
+    for name in ("log_probs", "next_log_probs"):
+        if not np.isfinite(getattr(found, name)).all():
+            raise ValueError(f"{name} is not finite")

@@ -14,13 +14,15 @@ from edgeq import accuracy, backends, bundle, chat, data, detect, gate, recipe, 
 from edgeq.backends.base import Job, Progress
 from edgeq.bundle import Bundle, Gate
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import MissingTool, NothingFits, UsageFault
+from edgeq.errors import MissingTool, NothingFits, OutOfMemory, UsageFault
 from edgeq.profiles import Phase
 from edgeq.profiling import memory
 from edgeq.recipe import Recipe
 from edgeq.target import Target
 
 CONTEXT = 4096
+_FLOAT_BYTES = 4
+_OTHER_BYTES = 800_000_000
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _TEMPLATE = "chat_template.jinja"
 
@@ -119,8 +121,8 @@ def plan(
 def build(work: Plan, progress: Progress) -> Built:
     """Carry out a plan: scan, reference, build, gate, seal, rename into place.
 
-    Raises GateFailed when the bundle is too far from the reference, and what reading, writing and the backend raise;
-    then nothing is left at the plan's place, and an older bundle there stays as it was.
+    Raises GateFailed when the bundle is too far from the reference, OutOfMemory when the reference would not fit, and
+    what reading, writing and the backend raise; then nothing is left at the plan's place, and an older bundle there stays as it was.
     """
     started = time.monotonic()
     memory.reset()
@@ -137,6 +139,7 @@ def build(work: Plan, progress: Progress) -> Built:
     template = checkpoint.chat_template()
     if template is not None:
         chat.render(template, chat.SAMPLE)
+    _check_memory(checkpoint)
     checkpoint.scan(lambda done, total: step("scan", done, total))
     with store.staging(work.out, work.bytes) as folder:
         text = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")
@@ -158,6 +161,20 @@ def build(work: Plan, progress: Progress) -> Built:
         sealed = bundle.seal(msgspec.structs.replace(draft, gate=result))
         (folder / bundle.MANIFEST).write_bytes(data.to_json(sealed))
     return _report(work, sealed, time.monotonic() - started, peak)
+
+
+def _check_memory(checkpoint: Checkpoint) -> None:
+    """Raise OutOfMemory when the float32 reference, the largest part of a build, cannot be held."""
+    import psutil
+
+    needed = _FLOAT_BYTES * checkpoint.model.parameters + _OTHER_BYTES
+    available = psutil.virtual_memory().available
+    if needed > available:
+        raise OutOfMemory(
+            f"the build needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available",
+            why="The float32 reference takes 4 bytes for each of the checkpoint's weights.",
+            run="close other programs, or build on a machine with more memory: the bundle runs where it is copied to",
+        )
 
 
 def _backend(target: Target, name: str) -> tuple[str, tuple[str, ...]]:

@@ -128,14 +128,20 @@ def read(folder: Path) -> Bundle:
 
 def verify_files(folder: Path, bundle: Bundle) -> None:
     """Check every file against the manifest; raises DigestMismatch at the first that is missing, extra or changed."""
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} - {MANIFEST}
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if _is_entry(path)} - {MANIFEST}
     recorded = {file.path for file in bundle.files}
     if odd := sorted(present ^ recorded):
         state = "missing" if odd[0] in recorded else "not part of the bundle"
         raise DigestMismatch(f"{folder / odd[0]}: {state}", run="build the bundle again, or copy it again")
+    for path in (folder / MANIFEST, *(folder / file.path for file in bundle.files)):
+        if path.is_symlink() or not path.is_file():
+            raise DigestMismatch(f"{path}: is a link or no plain file", run="copy the bundle again, links followed")
     for file in bundle.files:
         path = folder / file.path
-        if path.is_symlink():
-            raise DigestMismatch(f"{path}: is a link", run="copy the bundle again, links followed")
         if path.stat().st_size != file.bytes or sha256(path) != file.sha256:
             raise DigestMismatch(f"{path}: changed after the build", run="build the bundle again, or copy it again")
+
+
+def _is_entry(path: Path) -> bool:
+    """Whether a path is anything but a real folder: a link to one counts, since it can reach outside."""
+    return path.is_symlink() or not path.is_dir()

@@ -16,6 +16,8 @@ from edgeq.errors import CorruptInput, UnsafeInput
 
 LIMIT_S = 1.0
 _MEMORY_BYTES = 1 << 30
+_LONGEST = 1 << 24
+_LONGEST_MESSAGE = 300
 _START_S = 30.0
 _SECURITY, _TEMPLATE = 3, 4
 SAMPLE = ({"role": "user", "content": "Hello"},)
@@ -25,12 +27,15 @@ def render(template: str, messages: Sequence[Mapping[str, str]], thinking: bool 
     """Prompt that a template makes of messages, ending where the assistant begins.
 
     `thinking` sets the template's `enable_thinking`; None leaves its default. Raises UnsafeInput when the template
-    leaves the sandbox, runs longer than a second or needs more than 1 GiB; CorruptInput when it is no valid template.
+    leaves the sandbox, takes more than a second of processor time, 1 GiB or 16 million characters, or recurses without
+    end; CorruptInput when it is no valid template.
     """
     request = {"template": template, "messages": list(messages), "thinking": thinking}
-    command = [sys.executable, "-I", "-m", "edgeq.chat"]
+    command = [sys.executable, "-I", "-X", "utf8", "-m", "edgeq.chat"]
     try:
-        child = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=_START_S)
+        child = subprocess.run(
+            command, input=json.dumps(request), capture_output=True, encoding="utf-8", timeout=_START_S
+        )
     except subprocess.TimeoutExpired as error:
         raise UnsafeInput("chat template: did not end", run="edgeq run with another checkpoint") from error
     if child.returncode == 0:
@@ -56,26 +61,37 @@ def _child() -> None:
 
     request: dict[str, Any] = json.load(sys.stdin)
     _limit_memory()
-    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
 
     def refuse(message: str) -> None:
         raise TemplateError(message)
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.filters["tojson"] = _to_json
     switch = {} if request["thinking"] is None else {"enable_thinking": request["thinking"]}
     try:
         text = environment.from_string(request["template"]).render(
-            messages=request["messages"], add_generation_prompt=True, **switch
+            messages=request["messages"], tools=None, documents=None, add_generation_prompt=True, **switch
         )
-    except SecurityError as error:
+        if len(text) > _LONGEST:
+            raise SecurityError(f"It made a prompt of {len(text)} characters.")
+    except (SecurityError, MemoryError, OverflowError, RecursionError) as error:
         sys.exit(_fail(_SECURITY, error))
-    except MemoryError as error:
-        sys.exit(_fail(_SECURITY, error or "out of memory"))
     except Exception as error:
         sys.exit(_fail(_TEMPLATE, error))
     sys.stdout.write(json.dumps(text))
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The `tojson` of transformers: Jinja's own would escape HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _limit_memory() -> None:
@@ -85,8 +101,10 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
 
 
-def _fail(code: int, error: object) -> int:
-    sys.stderr.write(f"{type(error).__name__}: {error}\n")
+def _fail(code: int, error: Exception) -> int:
+    """Say why on one line, without what a terminal would take for a command."""
+    words = f"{type(error).__name__}: {str(error)[:_LONGEST_MESSAGE]}"
+    sys.stderr.write("".join(letter if letter.isprintable() else " " for letter in words).rstrip() + "\n")
     return code
 
 

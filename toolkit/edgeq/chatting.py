@@ -8,15 +8,21 @@ from typing import Any
 
 import msgspec
 
-from edgeq import backends, bundle, chat
-from edgeq.errors import UsageFault
+from edgeq import backends, bundle, chat, data
+from edgeq.errors import CorruptInput, UsageFault
+
+
+class GenerationConfig(msgspec.Struct):
+    """What edgeq reads of `generation_config.json`: the ids that end an answer."""
+
+    eos_token_id: int | list[int] | None = None
 
 
 class Chat:
     """A loaded bundle that answers messages; close it when done."""
 
     def __init__(self, folder: Path) -> None:
-        """Check and load a bundle; raises DigestMismatch when its bytes changed, UsageFault when it has no template."""
+        """Check and load a bundle; raises DigestMismatch when its bytes changed, UsageFault without a template."""
         from tokenizers import Tokenizer
 
         made = bundle.read(folder)
@@ -26,7 +32,10 @@ class Chat:
             raise UsageFault(f"{folder}: the checkpoint came without a chat template", why="It is no chat model.")
         self.template = template.read_text(encoding="utf-8")
         self.context = made.context
-        self._tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            self._tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:
+            raise CorruptInput(f"{folder / 'tokenizer.json'}: not a tokenizer", why=str(error)) from error
         self._stops = _stops(folder, self._tokenizer)
         self._session = backends.get(made.backend).load(folder, made)
 
@@ -64,6 +73,6 @@ class Chat:
 def _stops(folder: Path, tokenizer: Any) -> set[int]:
     """Ids that end an answer: those of generation_config.json and the end of a ChatML turn."""
     path = folder / "generation_config.json"
-    given = msgspec.json.decode(path.read_bytes()).get("eos_token_id", []) if path.is_file() else []
-    found = set(given if isinstance(given, list) else [given])
+    given = data.read_json(path, GenerationConfig).eos_token_id if path.is_file() else None
+    found = given if isinstance(given, list) else [given]
     return {stop for stop in (*found, tokenizer.token_to_id("<|im_end|>")) if stop is not None}

@@ -26,7 +26,7 @@ def read_toml(path: Path, kind: type[Document]) -> Document:
     """Document in a TOML file; raises CorruptInput with file and field when it does not match `kind`."""
     try:
         return msgspec.toml.decode(path.read_bytes(), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptInput(f"{path}: not a valid {kind.__name__} file", why=str(error)) from error
 
 
@@ -34,7 +34,7 @@ def read_json(path: Path, kind: type[Document]) -> Document:
     """Document in a JSON file; raises CorruptInput with file and field when it does not match `kind`."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CorruptInput(f"{path}: not a valid {kind.__name__} file", why=str(error)) from error
 
 

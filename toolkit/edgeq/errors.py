@@ -116,10 +116,12 @@ class Interrupted(EdgeqError):
 
 
 def from_system(error: OSError) -> EdgeqError | None:
-    """Edgeq's error for a full or failing disk (20), or a refused path (22); None for anything else."""
+    """Edgeq's error for a full or failing disk (20), a refused path (22) or an impossible one (2); else None."""
     place = error.filename or "a file"
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         return DiskFault(f"{place}: cannot be written", why=str(error), run="free some space and try again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return PermissionRefused(f"{place}: may not be used", why=str(error), run="choose another place with -o")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP):
+        return UsageFault(f"{place}: not a usable path", why=str(error), run="choose another place or name")
     return None

@@ -33,9 +33,9 @@ def check(reference: Reference, session: Session, max_loss: float, weights_only:
         losses.append(accuracy.compare(reference, index, logits))
     found = accuracy.summarize(reference, losses)
     reason = None
-    if found.kl_mean > max_loss:
+    if not found.kl_mean <= max_loss:  # a NaN must not pass
         reason = f"KL divergence {found.kl_mean:.4f} nats per token is above the limit of {max_loss:g}"
-    elif found.kl_mean > weights_only * (1 + ENGINE_SHARE) + ENGINE_FLOOR:
+    elif not found.kl_mean <= weights_only * (1 + ENGINE_SHARE) + ENGINE_FLOOR:
         reason = (
             f"KL divergence {found.kl_mean:.4f}, but the quantized weights alone lose only {weights_only:.4f} nats per "
             "token: the engine does not run the weights that were quantized"

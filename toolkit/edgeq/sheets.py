@@ -7,6 +7,7 @@ import msgspec
 from edgeq import catalog, detect, recipe, size, sources
 from edgeq.building import Plan
 from edgeq.checkpoint import Checkpoint
+from edgeq.errors import UsageFault
 from edgeq.machine import Accelerator, Machine
 from edgeq.model import Model
 
@@ -82,12 +83,13 @@ def detection(machine: Machine) -> Detection:
 
 
 def model(name: str, *, offline: bool) -> ModelSheet:
-    """Sheet of a catalogue model, without touching the network, or of any checkpoint that `sources.find` knows."""
-    if name.lower() in catalog.names():
+    """Sheet of a catalogue model (by name or hub id), without touching the network, or of any checkpoint that `sources.find` knows."""
+    try:
         entry = catalog.load(name)
-        return _sheet(entry.name, entry.model, entry)
-    origin = sources.find(name, offline=offline)
-    return _sheet(origin.short_name, Checkpoint.open(origin.folder).model, None)
+    except UsageFault:
+        origin = sources.find(name, offline=offline)
+        return _sheet(origin.short_name, Checkpoint.open(origin.folder).model, None)
+    return _sheet(entry.name, entry.model, entry)
 
 
 def plan(work: Plan) -> PlanSheet:

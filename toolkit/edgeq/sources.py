@@ -41,8 +41,8 @@ def find(model: str, *, offline: bool) -> Origin:
     """
     if model in DEMOS:
         return Origin("demo", model, data.folder("demo") / model)
-    if (folder := Path(model).expanduser()).is_dir():
-        return Origin("folder", folder.resolve().name, folder.resolve())
+    if (folder := _folder(model)) is not None:
+        return Origin("folder", _readable(folder.name), folder)
     if model.lower() in catalog.names():
         model = catalog.load(model).hub
     if match := _HUB_ID.fullmatch(model):
@@ -53,3 +53,16 @@ def find(model: str, *, offline: bool) -> Origin:
         why=data.near(model, (*DEMOS, *catalog.names())),
         run="edgeq models list",
     )
+
+
+def _folder(model: str) -> Path | None:
+    try:
+        path = Path(model).expanduser()
+        return path.resolve() if model and path.is_dir() else None
+    except (RuntimeError, ValueError):
+        return None
+
+
+def _readable(name: str) -> str:
+    """A file name as UTF-8 can hold it: bytes that are none become replacement characters."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

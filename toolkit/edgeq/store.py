@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import shutil
 import tempfile
@@ -10,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgeq.bundle import MANIFEST
-from edgeq.errors import DiskFault, UsageFault
+from edgeq.errors import Busy, DiskFault, UsageFault
 
 _RESERVE = 64 << 20
+_TRIES = 100
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @contextlib.contextmanager
@@ -22,8 +26,12 @@ def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
     An older bundle at `out` is replaced; anything else there is refused with UsageFault. Raises DiskFault when
     `needed_bytes` do not fit, and OSError (see `errors.from_system`) when the disk fills or the place is read-only.
     """
+    place = out
+    out = out.resolve()
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageFault(f"{out} exists and is not a bundle", why="edgeq never overwrites it.", run="choose another -o")
+        raise UsageFault(
+            f"{place} exists and is not a bundle", why="edgeq never overwrites it.", run="choose another -o"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     free, needed_bytes = shutil.disk_usage(out.parent).free, needed_bytes + _RESERVE
     if free < needed_bytes:
@@ -31,7 +39,7 @@ def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
             f"{out.parent}: {free / 1e9:.2f} GB free, the build needs about {needed_bytes / 1e9:.2f} GB",
             run="free some space, or choose another disk with -o",
         )
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    folder = Path(tempfile.mkdtemp(prefix=".edgeq.", dir=out.parent))
     try:
         yield folder
         _commit(folder, out)
@@ -45,14 +53,53 @@ def _commit(folder: Path, out: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         _sync(path)
     _sync(folder)
-    old = None
-    if out.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
-        out.rename(old / "bundle")
-    folder.rename(out)
+    _place(folder, out)
     _sync(out.parent)
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _place(folder: Path, out: Path) -> None:
+    """Rename a folder into its place; what was there comes out under the folder's name.
+
+    `out` is whole at every moment, also when several builds end at once.
+    """
+    for _ in range(_TRIES):
+        try:
+            if not out.exists():
+                folder.rename(out)
+            elif not _exchange(folder, out):
+                _exchange_slowly(folder, out)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY):
+                raise
+    raise Busy(f"{out}: other builds keep replacing it", run="try again when they are done")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap the names of two folders in one step; False where the system or the file system cannot."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    if call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def _exchange_slowly(one: Path, other: Path) -> None:
+    """Swap the names of two folders in three steps; a kill between them leaves the older one beside its place."""
+    spare = Path(tempfile.mkdtemp(prefix=".edgeq.", dir=other.parent))
+    try:
+        other.rename(spare)
+        one.rename(other)
+        spare.rename(one)
+    finally:
+        if not other.exists():
+            spare.rename(other)
+        shutil.rmtree(spare, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

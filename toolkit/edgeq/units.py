@@ -6,7 +6,7 @@ import re
 
 from edgeq.errors import UsageFault
 
-_QUANTITY = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[a-zA-Z]*)")
+_QUANTITY = re.compile(r"(?P<number>[0-9]{1,15}(?P<fraction>\.[0-9]+)?)\s*(?P<unit>[a-zA-Z]*)")
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _TOKENS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
@@ -17,8 +17,12 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_tokens(text: str) -> int:
-    """Tokens in `4096` or `4k` (k = 1024); raises UsageFault otherwise."""
-    return _parse(text, _TOKENS, "a number of tokens such as 4096 or 4k")
+    """Tokens in `4096` or `4k` (k = 1024), one at least; raises UsageFault otherwise."""
+    meaning = "a number of tokens such as 4096 or 4k"
+    tokens = _parse(text, _TOKENS, meaning)
+    if tokens < 1:
+        raise UsageFault(f"{text!r} is not {meaning}")
+    return tokens
 
 
 def show_bytes(count: int | None) -> str:
@@ -32,6 +36,7 @@ def show_bytes(count: int | None) -> str:
 
 def _parse(text: str, units: dict[str, int], meaning: str) -> int:
     match = _QUANTITY.fullmatch(text.strip())
-    if match is None or match["unit"].lower() not in units:
-        raise UsageFault(f"{text!r} is not {meaning}")
-    return int(float(match["number"]) * units[match["unit"].lower()])
+    unit = units.get(match["unit"].lower()) if match else None
+    if match is None or unit is None or (unit == 1 and match["fraction"]):
+        raise UsageFault(f"{text[:100]!r} is not {meaning}")
+    return round(float(match["number"]) * unit)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -19,6 +20,10 @@ from edgeq.errors import BackendFault
 PROVIDER = "null"
 FAVOUR = 5.0
 _FILE = "null.json"
+
+
+class _Vocabulary(msgspec.Struct):
+    vocab: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class NullSession:
@@ -49,13 +54,13 @@ def tools() -> tuple[str, ...]:
 
 def build(job: Job, out: Path) -> None:
     """Write the vocabulary's size and the tokenizer."""
-    (out / _FILE).write_bytes(msgspec.json.encode({"vocab": job.checkpoint.model.vocab}))
+    (out / _FILE).write_bytes(msgspec.json.encode(_Vocabulary(job.checkpoint.model.vocab)))
     job.progress("null", 1, 1)
 
 
 def load(folder: Path, bundle: Bundle) -> NullSession:  # noqa: ARG001
     """Session of the vocabulary that `build` wrote."""
     try:
-        return NullSession(msgspec.json.decode((folder / _FILE).read_bytes())["vocab"])
-    except (OSError, KeyError, msgspec.DecodeError) as error:
+        return NullSession(msgspec.json.decode((folder / _FILE).read_bytes(), type=_Vocabulary).vocab)
+    except (OSError, msgspec.DecodeError) as error:
         raise BackendFault(f"{folder / _FILE}: cannot be read", why=str(error)) from error

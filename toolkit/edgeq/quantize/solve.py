@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import GateFailed, UsageFault
+from edgeq.errors import GateFailed, UnsupportedModel, UsageFault
 from edgeq.quantize import rtn
 from edgeq.quantize.solution import Solution
 from edgeq.recipe import Recipe
@@ -25,7 +25,7 @@ def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution:
     """Quantized form of one matrix of a checkpoint.
 
     Holds the codes (one byte a weight) and about 4 million float32 weights per thread. Raises UsageFault when the
-    recipe's group does not divide the matrix's inputs, and GateFailed when the result is not the matrix any more:
+    recipe's group does not divide the matrix's inputs, UnsupportedModel when a scale is beyond float16, and GateFailed when the result is not the matrix any more:
     its error, root mean square over that of the weights, is above 4 / 2**bits. (A step is 2**(1 - bits) of a group's
     largest weight and the error a step / sqrt(12), so 4 leaves room for weights of any likely shape.)
     """
@@ -45,13 +45,19 @@ def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution:
         rows = slice(start, min(start + step, outputs))
         weights = checkpoint.rows(name, rows.start, rows.stop)
         codes[rows], scales[rows], zero_points[rows] = rtn.quantize(weights, bits, recipe.group)
+        if not np.isfinite(scales[rows]).all():
+            raise UnsupportedModel(
+                f"{name}: weights up to {np.abs(weights).max():.3g} are too large for {recipe}",
+                why="Their scales are beyond float16.",
+                run="edgeq build ... --recipe w16",
+            )
         made = Solution(name, bits, recipe.group, codes[rows], scales[rows], zero_points[rows]).dequantize()
         return float(np.square(weights - made).sum()), float(np.square(weights).sum())
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         errors = list(pool.map(piece, range(0, outputs, step)))
     lost, total = (math.fsum(each) for each in zip(*errors, strict=True))
-    if lost > (_LARGEST_ERROR / 2**bits) ** 2 * total:
+    if not lost <= (_LARGEST_ERROR / 2**bits) ** 2 * total:
         raise GateFailed(
             f"{name}: quantizing to {bits} bits lost {math.sqrt(lost / total):.1%} of the matrix",
             why=f"{bits} bits in groups of {recipe.group} lose at most {_LARGEST_ERROR / 2**bits:.1%} of a real one.",
