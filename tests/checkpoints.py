@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,13 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
 _DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+
+
+Build = Callable[..., Path]
+
+
+def quiet(phase: str, done: int, total: int) -> None:
+    """Progress that nobody reads."""
 
 
 def write(

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 import checkpoints
+from checkpoints import Build, quiet
 from edgeq import building
 
 os.environ.update(HF_HUB_OFFLINE="1", ORT_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
-
-Build = Callable[..., Path]
-
-
-def quiet(phase: str, done: int, total: int) -> None:
-    """Progress that nobody reads."""
 
 
 @pytest.fixture(scope="session")

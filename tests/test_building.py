@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import checkpoints
-from conftest import Build, quiet
+from checkpoints import Build, quiet
 from edgeq import building, bundle
 from edgeq.backends import null
 from edgeq.errors import CorruptInput, GateFailed, MissingTool, NothingFits, OutOfMemory, UnsafeInput, UsageFault

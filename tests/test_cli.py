@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import edgeq
-from conftest import Build
+from checkpoints import Build
 from edgeq import cli
 
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx_ir", "numpy", "huggingface_hub", "rich", "jinja2", "tokenizers")

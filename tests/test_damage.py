@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import quiet
+from checkpoints import quiet
 from edgeq import accuracy, backends, building, bundle, gate
 from edgeq.backends.onnx import weights
 from edgeq.errors import GateFailed

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import Build, quiet
+from checkpoints import Build, quiet
 from edgeq import building, bundle
 
 OPTIMUM = Path(sys.executable).with_name("optimum-cli")

@@ -246,9 +246,8 @@ def _check(found: Reference) -> None:
     kept = found.ids.shape[-1]
     if count < 1 or length < 2 or not 1 <= kept <= found.vocab:
         raise ValueError(f"{count} windows of {length} tokens, {kept} of {found.vocab} log-probabilities")
-    wanted = {"ids": (count, length - 1, kept), "log_probs": (count, length - 1, kept)}
-    wanted["next_log_probs"] = (count, length - 1)
-    for name, shape in wanted.items():
+    positions = (count, length - 1)
+    for name, shape in (("ids", (*positions, kept)), ("log_probs", (*positions, kept)), ("next_log_probs", positions)):
         if getattr(found, name).shape != shape:
             raise ValueError(f"{name} has shape {getattr(found, name).shape} instead of {shape}")
     for name, tokens in (("windows", found.windows), ("ids", found.ids), ("continuation", found.continuation)):

@@ -122,7 +122,8 @@ def build(work: Plan, progress: Progress) -> Built:
     """Carry out a plan: scan, reference, build, gate, seal, rename into place.
 
     Raises GateFailed when the bundle is too far from the reference, OutOfMemory when the reference would not fit, and
-    what reading, writing and the backend raise; then nothing is left at the plan's place, and an older bundle there stays as it was.
+    what reading, writing and the backend raise; then nothing is left at the plan's place, and an older bundle there
+    stays as it was.
     """
     started = time.monotonic()
     memory.reset()

@@ -83,7 +83,7 @@ def detection(machine: Machine) -> Detection:
 
 
 def model(name: str, *, offline: bool) -> ModelSheet:
-    """Sheet of a catalogue model (by name or hub id), without touching the network, or of any checkpoint that `sources.find` knows."""
+    """Sheet of a catalogue model by name or hub id, without the network, or of what `sources.find` knows."""
     try:
         entry = catalog.load(name)
     except UsageFault:

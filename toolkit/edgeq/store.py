@@ -26,12 +26,8 @@ def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
     An older bundle at `out` is replaced; anything else there is refused with UsageFault. Raises DiskFault when
     `needed_bytes` do not fit, and OSError (see `errors.from_system`) when the disk fills or the place is read-only.
     """
-    place = out
     out = out.resolve()
-    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageFault(
-            f"{place} exists and is not a bundle", why="edgeq never overwrites it.", run="choose another -o"
-        )
+    _refuse_foreign(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     free, needed_bytes = shutil.disk_usage(out.parent).free, needed_bytes + _RESERVE
     if free < needed_bytes:
@@ -42,9 +38,15 @@ def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=".edgeq.", dir=out.parent))
     try:
         yield folder
+        _refuse_foreign(out)
         _commit(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _refuse_foreign(out: Path) -> None:
+    if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageFault(f"{out} exists and is not a bundle", why="edgeq never overwrites it.", run="choose another -o")
 
 
 def _commit(folder: Path, out: Path) -> None:

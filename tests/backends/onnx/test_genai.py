@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Build
+from checkpoints import Build
 from edgeq import backends, bundle
 
 IDS = [(5 * n + 1) % 256 for n in range(40)]

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from conftest import Build
+from checkpoints import Build
 from edgeq.backends.onnx import weights
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import Build
+from checkpoints import Build
 from edgeq import backends, bundle
 from edgeq.backends.base import Session
 from edgeq.backends.onnx import session as onnx_session

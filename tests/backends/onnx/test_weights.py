@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from conftest import Build
+from checkpoints import Build
 from edgeq import model
 from edgeq.backends.onnx import weights
 from edgeq.checkpoint import Checkpoint

@@ -23,7 +23,7 @@ def quantize(
     middle = 1 << (bits - 1)
     grouped = weights.reshape(outputs, inputs // group, group)
     largest = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
-    scales = _to_float16(largest / -middle)
+    scales = _to_float16(largest * np.float32(-1 / middle))
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
     codes = np.rint(grouped * inverse[:, :, None])
     np.clip(codes, -middle, middle - 1, out=codes)
@@ -37,5 +37,5 @@ def _to_float16(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):
         found = scales.astype(np.float16)
     short = (np.abs(scales) < _SMALLEST_NORMAL) & (np.abs(found) < np.abs(scales))
-    away = np.nextafter(found, np.copysign(np.float16(np.inf), scales.astype(np.float16)))
+    away = np.nextafter(found, np.copysign(np.float16(np.inf), found))
     return np.where(short, away, found).astype(np.float32)

@@ -25,9 +25,10 @@ def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution:
     """Quantized form of one matrix of a checkpoint.
 
     Holds the codes (one byte a weight) and about 4 million float32 weights per thread. Raises UsageFault when the
-    recipe's group does not divide the matrix's inputs, UnsupportedModel when a scale is beyond float16, and GateFailed when the result is not the matrix any more:
-    its error, root mean square over that of the weights, is above 4 / 2**bits. (A step is 2**(1 - bits) of a group's
-    largest weight and the error a step / sqrt(12), so 4 leaves room for weights of any likely shape.)
+    recipe's group does not divide the matrix's inputs, UnsupportedModel when a scale is beyond float16, and GateFailed
+    when the result is not the matrix any more: its error, root mean square over that of the weights, is above
+    4 / 2**bits. (A step is 2**(1 - bits) of a group's largest weight and the error a step / sqrt(12), so 4 leaves room
+    for weights of any likely shape.)
     """
     outputs, inputs = checkpoint.model.tensors()[name]
     if inputs % recipe.group:
