@@ -224,7 +224,7 @@ def save(reference: Reference, path: Path) -> None:
 def load(path: Path) -> Reference:
     """Reference that `save` wrote; raises CorruptInput when it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             found = Reference(
                 windows=arrays["windows"],
                 ids=arrays["ids"],
