@@ -28,6 +28,7 @@ def test_a_bundle_is_sealed_complete_and_says_where_it_came_from(built: Build, t
     assert {file.path for file in made.source.files} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert {file.path for file in made.files} >= {
         "model.onnx",
+        "scorer.onnx",
         "model.onnx.data",
         "tokenizer.json",
         "chat_template.jinja",

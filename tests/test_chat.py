@@ -9,7 +9,7 @@ import pytest
 
 import checkpoints
 from edgeq import chat
-from edgeq.errors import CorruptInput, EdgeqError, UnsafeInput
+from edgeq.errors import CorruptInput, UnsafeInput
 
 MESSAGES = (
     {"role": "system", "content": "Be brief."},
@@ -139,28 +139,21 @@ WALKS = [
     "{{ [''] | map(attribute='__class__.__mro__') | first | map(attribute='x') | list }}",
     "{{ (['' ] | map('attr', '__class__') | first).mro() }}",
     "{% set f = 'a'.format_map %}{{ f({'a': 1}).__class__.mro() }}",
+    "{{ '{0.__class__.__mro__}'.format('') }}",
     "{{ '{0.__class__.__init__.__globals__[os]}'.format(lipsum)() }}",
-    "{% macro m() %}{% endmacro %}{{ m.__globals__.os.system('touch MARKER') }}",
     "{{ (messages | tojson(default=lipsum.__globals__['os'].system)) }}",
-    "{{ messages | tojson(cls=cycler) }}",
     "{% for m in messages %}{{ loop.__init__.__globals__.os.system('touch MARKER') }}{% endfor %}",
-    "{% import 'os' as os %}{{ os.system('touch MARKER') }}",
-    "{% include '/etc/passwd' %}",
-    "{% extends '/etc/passwd' %}",
-    "{% from '/etc/passwd' import x %}",
 ]
 BOMBS = [
     "{% for a in range(10 ** 9) %}x{% endfor %}",
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{{ 'x' * 10 ** 12 }}",
-    "{{ 'x' * 10 ** 8 }}",
     "{{ [0] * 10 ** 10 }}",
     "{{ '%1000000000000d' % 1 }}",
     "{{ '{:1000000000000}'.format(1) }}",
     "{{ 'x'.ljust(10 ** 12) }}",
     "{% set ns = namespace(s='xx') %}{% for a in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
-    "{{ 10 ** 10 ** 10 }}",
-    "{{ lipsum(n=10 ** 7) }}",
+    "{{ 10 ** (10 ** 10) }}",
     "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
     "{% macro a() %}{{ b() }}{{ b() }}{% endmacro %}{% macro b() %}{{ a() }}{{ a() }}{% endmacro %}{{ a() }}",
     "{% for a in [1] recursive %}{{ loop([1]) }}{% endfor %}",
@@ -172,6 +165,14 @@ MUTATIONS = [
     "{{ messages.clear() }}",
     "{{ messages[0].update(role='x') }}",
     "{{ messages[0].pop('role') }}",
+]
+ABSENT = [
+    "{% macro m() %}{% endmacro %}{{ m.__globals__.os.system('touch MARKER') }}",
+    "{{ messages | tojson(cls=cycler) }}",
+    "{% import 'os' as os %}{{ os.system('touch MARKER') }}",
+    "{% include '/etc/passwd' %}",
+    "{% extends '/etc/passwd' %}",
+    "{% from '/etc/passwd' import x %}",
     "{% do messages.append(1) %}",
     "{% set messages[0].role = 'x' %}",
     "{% set cycler.next = 1 %}",
@@ -180,7 +181,6 @@ HARMLESS = [
     "{{ ''.__class__ }}",
     "{{ lipsum.__globals__ }}",
     "{{ '{0.__class__}'.format(messages) }}",
-    "{{ '{0.__class__.__mro__}'.format('') }}",
     "{{ ('%s' % messages.__class__) }}",
     "{{ messages | map(attribute='__class__') | list }}",
     "{{ open }}{{ os }}{{ __builtins__ }}{{ __import__ }}{{ strftime_now }}",
@@ -188,28 +188,38 @@ HARMLESS = [
 
 
 @pytest.mark.parametrize("template", WALKS + BOMBS + MUTATIONS, ids=lambda template: template[:50])
-def test_a_hostile_template_is_refused_and_does_nothing(
+def test_a_hostile_template_is_unsafe_input_and_does_nothing(
     template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(EdgeqError, match="chat template: ") as caught:
-        chat.render(template, MESSAGES)
-    assert caught.value.exit_code in (10, 11)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("template", BOMBS, ids=lambda template: template[:50])
-def test_a_bomb_is_unsafe_input(template: str) -> None:
-    with pytest.raises(UnsafeInput) as caught:
+    with pytest.raises(UnsafeInput, match="chat template: refused") as caught:
         chat.render(template, MESSAGES)
     assert caught.value.exit_code == 11
     assert caught.value.why
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("template", ABSENT, ids=lambda template: template[:50])
+def test_files_modules_and_hooks_are_not_there_for_a_template(
+    template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CorruptInput, match="chat template: cannot be rendered"):
+        chat.render(template, MESSAGES)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("template", HARMLESS, ids=lambda template: template[:50])
 def test_looking_at_internals_shows_nothing(template: str) -> None:
     shown = chat.render(template, MESSAGES)
     assert set(shown) <= set("[]Undefined, ")
+
+
+def test_a_prompt_of_millions_of_characters_is_unsafe_input() -> None:
+    template = "{% for message in messages %}{{ 'x' * size }}{% endfor %}"
+    assert len(chat.render("{% set size = 10 ** 6 %}" + template, MESSAGES)) == 4 * 10**6
+    with pytest.raises(UnsafeInput, match="a prompt of 40000000 characters"):
+        chat.render("{% set size = 10 ** 7 %}" + template, MESSAGES)
 
 
 def test_leaving_the_sandbox_is_unsafe_input() -> None:

@@ -166,3 +166,13 @@ def test_a_stopped_build_exits_with_130_and_leaves_nothing(tiny: Build, tmp_path
     assert child.returncode == 130, child.stderr
     assert f"stopped by {name}" in child.stderr
     assert list(place.iterdir()) == []
+
+
+def test_square_brackets_of_an_install_line_are_printed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgeq import doctor
+
+    line = doctor.Check(name="tool", status="FAILED", expected="x", observed="y", remedy="pip install 'edgeq[build]'")
+    monkeypatch.setattr(doctor, "checks", lambda _: [line])
+    assert "pip install 'edgeq[build]'" in run(capsys, "doctor")[1]

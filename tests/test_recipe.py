@@ -53,12 +53,13 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
         assert method in caught.value.why
 
 
-@given(st.text(max_size=20))
+@given(st.one_of(st.text(max_size=20), st.from_regex(r"w[0-9]{1,2}g[0-9]{1,3}-e[0-9]{1,2}-[a-z]+")))
 def test_any_text_is_a_recipe_or_a_usage_fault(text: str) -> None:
     try:
-        assert str(recipe.parse(text)) == text
-    except UsageFault as fault:
-        assert repr(text) in fault.what
+        found = recipe.parse(text)
+    except UsageFault:
+        return
+    assert str(found) == text
 
 
 def test_bits_per_weight_count_one_float32_scale_for_each_group() -> None:

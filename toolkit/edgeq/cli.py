@@ -232,7 +232,7 @@ def _show(document: object, json: bool, table: Callable[[Any], Any]) -> None:
         return
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = _PIPE_COLUMNS
     console.print(table(document))

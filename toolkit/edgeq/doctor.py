@@ -23,7 +23,6 @@ DISK_BYTES = 2 * 10**9  # checkpoint and bundle of the smallest catalogue model,
 MEMORY_BYTES = 2 * 10**9  # its float32 reference: half a billion parameters of 4 bytes
 _GPU_BACKENDS = ("llamacpp", "mlc")
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*([^;]*)(?:;\s*extra\s*==\s*['\"](\w+)['\"])?")
-_CPU_TORCH = "pip install torch --index-url https://download.pytorch.org/whl/cpu"
 
 
 class Check(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -120,7 +119,13 @@ def _torch() -> Check:
     build = (version or "").partition("+")[2]
     passed = {"": None, "cpu": True}.get(build, False)
     expected = "CPU build (quantizing uses no GPU)"
-    return _check("torch", passed, expected, version or "missing", f"gigabytes smaller: {_CPU_TORCH}")
+    return _check(
+        "torch",
+        passed,
+        expected,
+        version or "missing",
+        "the CPU build is gigabytes smaller: choose it in PyTorch's own install guide",
+    )
 
 
 def _telemetry() -> Check:

@@ -22,6 +22,7 @@ from edgeq.size import is_quantized
 LENGTH = 128
 QUICK_WINDOWS = 8
 FULL_WINDOWS = 48
+FULL_TOP_K = 4096
 _CONTINUATION = 32
 
 
@@ -47,9 +48,11 @@ def windows(folder: Path, text: str, count: int, length: int, vocab: int) -> NDA
 
 
 def full(checkpoint: Checkpoint, text: str, progress: Progress) -> Reference:
-    """Reference over much of a text, every log-probability kept. Holds the model in float32, 4 bytes a weight."""
-    found = windows(checkpoint.folder, text, FULL_WINDOWS, LENGTH, checkpoint.model.vocab)
-    return _record(transformer.instantiate(checkpoint, lambda _: True), found, text, checkpoint.model.vocab, progress)
+    """Reference over much of a text, more of it kept than in `quick`. Holds the model in float32, 4 bytes a weight."""
+    vocab = checkpoint.model.vocab
+    found = windows(checkpoint.folder, text, FULL_WINDOWS, LENGTH, vocab)
+    model = transformer.instantiate(checkpoint, lambda _: True)
+    return _record(model, found, text, min(FULL_TOP_K, vocab), progress)
 
 
 def quick(

@@ -57,7 +57,7 @@ def test_a_prompt_in_chunks_gives_the_logits_of_one_run(
 ) -> None:
     session = load(built(generation, "w16"))
     whole = session.logits(IDS[:100])
-    monkeypatch.setattr(onnx_session, "CHUNK", 7)
+    monkeypatch.setattr(onnx_session, "SCORE_CHUNK", 7)
     np.testing.assert_allclose(session.logits(IDS[:100]), whole, atol=1e-4)
 
 
@@ -92,3 +92,20 @@ def test_a_model_that_onnx_runtime_refuses_is_a_backend_fault(built: Build, tmp_
     (broken / "model.onnx").write_bytes(b"not a model")
     with pytest.raises(BackendFault, match="cannot load"):
         backends.get("onnx").load(broken, bundle.read(folder))
+
+
+@pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
+def test_a_prompt_is_read_in_chunks_with_the_same_continuation(
+    built: Build, generation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = load(built(generation, "w16"))
+    whole = list(session.generate(IDS[:100], 8))
+    monkeypatch.setattr(onnx_session, "PROMPT_CHUNK", 9)
+    assert list(session.generate(IDS[:100], 8)) == whole
+
+
+def test_decoding_runs_the_graph_that_computes_the_last_logits_only(built: Build) -> None:
+    session = load(built("3", "w4g32-e8-rtn"))
+    next(session.generate(IDS[:10], 20))
+    assert session._step(IDS[:5]).shape[0] == 1  # type: ignore[attr-defined]
+    assert session.logits(IDS[:5]).shape[0] == 5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgeq import accuracy, bundle, data, detect, profiles, sources
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import InvalidMeasurement, UsageFault
+from edgeq.errors import DigestMismatch, InvalidMeasurement, UsageFault
 from edgeq.machine import this_machine
 from edgeq.profiles import Profile
 from edgeq.profiling import measure
@@ -58,7 +58,7 @@ def saved_path(row: Profile) -> Path:
 def _full_reference(
     made: bundle.Bundle, text: Path | None, scratch: Path, progress: Callable[[str, int, int], None]
 ) -> Path:
-    """Reference over more of the held-out text (or over the user's), every log-probability kept, as a file."""
+    """Reference over more of the held-out text (or over the user's), as a file."""
     from edgeq import reference
 
     name = made.source.name if made.source.kind != "hub" else f"{made.source.name}@{made.source.revision}"
@@ -68,9 +68,15 @@ def _full_reference(
         raise UsageFault(
             f"the float32 reference needs the checkpoint {name}, which is not here",
             why=error.what,
-            run="edgeq profile ... --accuracy quick, which uses the reference that the bundle carries",
+            run=f"edgeq profile from the folder that holds {name}, or --accuracy quick: its reference is in the bundle",
         ) from error
     checkpoint = Checkpoint.open(origin.folder)
+    if checkpoint.files() != made.source.files:
+        raise DigestMismatch(
+            f"{origin.folder}: not the checkpoint that the bundle was made of",
+            why="Its files have other digests than the bundle recorded.",
+            run="edgeq profile ... --accuracy quick, or build again from this checkpoint",
+        )
     words = (text or data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")
     path = scratch / bundle.REFERENCE
     accuracy.save(reference.full(checkpoint, words, progress), path)

@@ -20,11 +20,15 @@ from edgeq.backends.base import Job
 from edgeq.checkpoint import Checkpoint
 
 _SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
+_LAST_TOKEN, _AS_SEQUENCE = "/lm_head/prune/Gather", "/lm_head/prune/Unsqueeze"
 _GENAI_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_5_text": "qwen3_5_text"}
 
 
 def skeleton(job: Job, out: Path) -> Any:
-    """Graph (onnx_ir.Model) whose large initializers have shape but no data; writes genai_config.json into `out`."""
+    """Graph (onnx_ir.Model) whose large initializers have shape but no data; writes genai_config.json into `out`.
+
+    Its logits are those of the last token: in a prompt the output layer is a third of a small model's arithmetic.
+    """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnx_ir as ir
     from transformers import AutoConfig
@@ -48,6 +52,7 @@ def skeleton(job: Job, out: Path) -> Any:
                 "shared_embeddings": checkpoint.model.tied,
                 "op_types_to_quantize": ("MatMul", "Gather"),
                 "hf_token": False,
+                "prune_lm_head": True,
             },
         )
         builder.model_type = _GENAI_TYPES[checkpoint.model.model_type]
@@ -55,6 +60,19 @@ def skeleton(job: Job, out: Path) -> Any:
         builder.make_genai_config(config, {}, str(out))
     builder.model.graph.sort()
     return builder.model
+
+
+def all_positions(model: Any) -> Any:
+    """Undo the pruning of a graph in place: logits of every token instead of the last alone."""
+    import onnx_ir as ir
+
+    nodes = {node.name: node for node in model.graph}
+    gather, unsqueeze = nodes[_LAST_TOKEN], nodes[_AS_SEQUENCE]
+    hidden, logits = gather.inputs[0], model.graph.outputs[0]
+    unsqueeze.outputs[0].replace_all_uses_with(hidden)
+    model.graph.remove([unsqueeze, gather], safe=True)
+    logits.shape = ir.Shape([*hidden.shape[:2], logits.shape[2]])
+    return model
 
 
 def _builder(checkpoint: Checkpoint) -> Any:

@@ -10,50 +10,38 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.backends.onnx.weights import MODEL
+from edgeq.backends.onnx.weights import MODEL, SCORER
 from edgeq.bundle import Bundle
 from edgeq.errors import BackendFault, UsageFault
 from edgeq.machine import physical_cores
 from edgeq.model import read_config
 
-CHUNK = 128
+PROMPT_CHUNK = 512
+SCORE_CHUNK = 128
 
 
 class OnnxSession:
     """Greedy decoding and logits of one bundle; batch size 1, float32 states.
 
-    Prompts run in chunks of `CHUNK` tokens, so that logits of a chunk, not of the prompt, bound the memory. Threads do
-    not spin while they wait: beside any other work, spinning halves the decode speed.
+    One graph is loaded at a time: the one that gives the last token's logits for `generate`, the one that gives all for
+    `logits`. Chunks bound the memory: of activations in a prompt, of logits in a text that is scored. Threads do not
+    spin while they wait: beside any other work, spinning halves the decode speed.
     Raises BackendFault when ONNX Runtime refuses the model, UsageFault when tokens exceed the bundle's context.
     """
 
     def __init__(self, folder: Path, bundle: Bundle) -> None:
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = physical_cores()
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        try:
-            self._session: Any = ort.InferenceSession(str(folder / MODEL), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise BackendFault(
-                f"{folder / MODEL}: ONNX Runtime {ort.__version__} cannot load it", why=str(error)
-            ) from error
+        self._folder = folder
         self._context = bundle.context
         self._head_dim = read_config(bundle.config).head_dim
-        self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
-        self._states: dict[str, Any] = {}
-        self._length = 0
-        self._capacity = 0
+        self._graph = ""
+        self._load(MODEL)
 
     def generate(self, ids: Sequence[int], tokens: int) -> Iterator[int]:
         """Greedy continuation; end-of-sequence tokens are not special here."""
+        self._load(MODEL)
         self._reset(len(ids) + tokens)
-        for start in range(0, len(ids), CHUNK):
-            logits = self._step(ids[start : start + CHUNK])
+        for start in range(0, len(ids), PROMPT_CHUNK):
+            logits = self._step(ids[start : start + PROMPT_CHUNK])
         for _ in range(tokens - 1):
             token = int(logits[-1].argmax())
             yield token
@@ -62,13 +50,36 @@ class OnnxSession:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits after each token, shape [len(ids), vocabulary]."""
+        self._load(SCORER)
         self._reset(len(ids))
-        return np.concatenate([self._step(ids[start : start + CHUNK]) for start in range(0, len(ids), CHUNK)])
+        starts = range(0, len(ids), SCORE_CHUNK)
+        return np.concatenate([self._step(ids[start : start + SCORE_CHUNK]) for start in starts])
 
     def close(self) -> None:
-        """Release the session and its buffers."""
-        self._states.clear()
-        self._session = None
+        """Release the engine and its buffers."""
+        self._states: dict[str, Any] = {}
+        self._engine: Any = None
+        self._graph = ""
+
+    def _load(self, graph: str) -> None:
+        if self._graph == graph:
+            return
+        self.close()
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = physical_cores()
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        path = str(self._folder / graph)
+        try:
+            self._engine = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise BackendFault(f"{path}: ONNX Runtime {ort.__version__} cannot load it", why=str(error)) from error
+        self._graph = graph
+        self._inputs = {entry.name: entry.shape for entry in self._engine.get_inputs()}
 
     def _reset(self, capacity: int) -> None:
         """Empty states with room for `capacity` tokens."""
@@ -79,19 +90,17 @@ class OnnxSession:
                 f"{capacity} tokens do not fit the bundle's context of {self._context}",
                 run="edgeq build ... --context with a larger number",
             )
-        self._length, self._capacity = 0, capacity
+        sizes = {"batch_size": 1, "past_sequence_length": capacity, "kv_cache_dim": self._head_dim}
+        self._length = 0
         self._states = {}
-        for name, entry in self._inputs.items():
+        for name, shape in self._inputs.items():
             if name.startswith("past"):
-                shape = [size if isinstance(size, int) else self._symbolic(size) for size in entry.shape]
-                self._states[name] = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
-
-    def _symbolic(self, name: str) -> int:
-        return {"batch_size": 1, "past_sequence_length": self._capacity, "kv_cache_dim": self._head_dim}[name]
+                zeros = np.zeros([sizes.get(size, size) for size in shape], np.float32)
+                self._states[name] = ort.OrtValue.ortvalue_from_numpy(zeros)
 
     def _step(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Run some tokens after those already seen; logits [len(ids), vocabulary]."""
-        binding = self._session.io_binding()
+        """Run some tokens after those already seen; logits [1 or len(ids), vocabulary]."""
+        binding = self._engine.io_binding()
         total = self._length + len(ids)
         binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
         binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
@@ -102,6 +111,6 @@ class OnnxSession:
         for name, state in self._states.items():
             binding.bind_ortvalue_input(name, state)
             binding.bind_ortvalue_output(name.replace("past_key_values", "present").replace("past", "present"), state)
-        self._session.run_with_iobinding(binding)
+        self._engine.run_with_iobinding(binding)
         self._length = total
         return np.asarray(binding.get_outputs()[0].numpy()[0])

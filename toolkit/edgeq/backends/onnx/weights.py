@@ -17,12 +17,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.backends.base import Job
+from edgeq.backends.onnx.graph import all_positions
 from edgeq.model import Model
 from edgeq.quantize.solution import Solution
 from edgeq.quantize.solve import PIECE, half, solve
 from edgeq.size import TABLES, is_quantized
 
 MODEL = "model.onnx"
+SCORER = "scorer.onnx"
 DATA = "model.onnx.data"
 INT8_ACTIVATIONS = 4
 _ALIGNMENT = 64
@@ -60,7 +62,10 @@ def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def write(model: Any, job: Job, out: Path) -> None:
-    """Fill the graph's large weights by the job's recipe; save model.onnx and its data file into `out`."""
+    """Fill the graph's large weights by the job's recipe, and save it into `out`.
+
+    model.onnx gives logits of the last token and scorer.onnx of all; both read the weights in model.onnx.data.
+    """
     import onnx_ir as ir
 
     large = {name: found for name in model.graph.initializers if (found := sources(name, job.checkpoint.model))}
@@ -77,6 +82,7 @@ def write(model: Any, job: Job, out: Path) -> None:
         job.progress("quantize", len(large), len(large))
     model.graph.sort()
     ir.save(model, out / MODEL)
+    ir.save(all_positions(model), out / SCORER)
 
 
 def _quantize(data: _DataFile, job: Job, tensors: Sequence[str], users: Iterable[Any]) -> None:

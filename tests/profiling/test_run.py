@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import checkpoints
+from checkpoints import Build, quiet
+from edgeq import accuracy, building, bundle, cli, data
+from edgeq.errors import DigestMismatch, InvalidMeasurement, UsageFault
+from edgeq.profiling import run
+from edgeq.profiling.measure import Plan
+
+SHORT = Plan(prompts=(16,), tokens=4, repetitions=1)
+KEYS = {
+    *("schema", "bundle", "model", "generation", "recipe", "backend", "provider", "target", "machine", "load"),
+    *("first_token_s", "prefill", "decode", "memory", "energy", "accuracy", "sustained", "health", "valid", "grade"),
+    "reasons",
+}
+
+
+def test_one_row_of_a_real_engine_has_every_promised_key_and_its_gates_loss(
+    built: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = built("3", "w4g32-e8-rtn")
+    words = ["profile", str(folder), "--target", "host", "-p", "16", "-n", "4", "-r", "1", "--save", "--json"]
+    assert cli.main(words) == 0
+    printed = capsys.readouterr()
+    row = json.loads(printed.out.splitlines()[-1])
+    assert row.keys() >= KEYS
+    assert row["accuracy"]["kl_mean"] == pytest.approx(bundle.read(folder).gate.kl_mean, rel=0.05)
+    assert row["memory"]["kv_cache_bytes_per_token"] == 2 * 2 * 2 * 32 * 4
+    assert row["memory"]["peak_rss_bytes"] is None or row["memory"]["peak_rss_bytes"] > 10_000_000
+    saved = Path("profiles") / row["target"] / "tiny3.w4g32-e8-rtn.onnx.json"
+    assert json.loads(saved.read_text()) == row
+    assert str(saved) in printed.err
+
+
+def test_a_machine_that_is_not_the_target_is_refused(built: Build) -> None:
+    with pytest.raises(InvalidMeasurement, match="this machine is not jetson-orin-nano-super-8gb") as caught:
+        run.profile(built("3", "w4g32-e8-rtn"), target="jetson", progress=quiet, plan=SHORT)
+    assert caught.value.exit_code == 7
+    assert "--target host" in caught.value.run
+
+
+def test_a_changed_bundle_is_not_measured(built: Build, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(built("3", "w4g32-e8-rtn"), tmp_path / "changed"))
+    with (folder / "model.onnx.data").open("ab") as stream:
+        stream.write(b"x")
+    with pytest.raises(DigestMismatch, match=r"model\.onnx\.data"):
+        run.profile(folder, target="host", progress=quiet, plan=SHORT)
+
+
+def small_bundle(tmp_path: Path) -> tuple[Path, Path]:
+    source = checkpoints.write(tmp_path / "source", "3")
+    plan = building.plan(str(source), target="host", recipe_name="w4g32-e8-rtn", out=tmp_path / "out", context=256)
+    building.build(plan, quiet)
+    return source, plan.out
+
+
+def test_full_accuracy_runs_the_reference_over_a_text_of_ones_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, folder = small_bundle(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "own.txt"
+    text.write_text((data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")[:2000], encoding="utf-8")
+    row = run.profile(folder, target="host", progress=quiet, plan=SHORT, text=text)
+    assert row.accuracy is not None
+    recorded = accuracy.load(folder / bundle.REFERENCE)
+    assert row.accuracy.text_sha256 != recorded.text_sha256
+    assert row.accuracy.tokens > recorded.windows.shape[1]
+
+
+def test_full_accuracy_needs_the_very_checkpoint_that_was_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, folder = small_bundle(tmp_path)
+    full = Plan(prompts=(16,), tokens=4, repetitions=1, accuracy="full")
+    monkeypatch.chdir(tmp_path)
+    checkpoints.write(source, "3", seed=1)
+    with pytest.raises(DigestMismatch, match="not the checkpoint that the bundle was made of"):
+        run.profile(folder, target="host", progress=quiet, plan=full)
+    shutil.rmtree(source)
+    with pytest.raises(UsageFault, match="needs the checkpoint source, which is not here"):
+        run.profile(folder, target="host", progress=quiet, plan=full)
