@@ -8,14 +8,14 @@ from edgeq.quantize.solution import Solution
 
 def solution(zero_points: NDArray[np.uint8], bits: int = 4) -> Solution:
     codes = np.array([[0, 8, 15, 9], [1, 2, 3, 4]], np.uint8)
-    scales = np.array([[0.5, -2.0], [1.0, 0.0]], np.float32)
+    scales = np.array([[0.5, -2.0], [1.0, 4.0]], np.float32)
     return Solution("w", bits, 2, codes, scales, zero_points)
 
 
 def test_a_weight_is_its_code_less_the_zero_point_times_the_scale_of_its_group() -> None:
     found = solution(np.array([[8, 8], [0, 3]], np.uint8)).dequantize()
     assert found.dtype == np.float32
-    assert found.tolist() == [[-4.0, 0.0, -14.0, -2.0], [1.0, 2.0, 0.0, 0.0]]
+    assert found.tolist() == [[-4.0, 0.0, -14.0, -2.0], [1.0, 2.0, 0.0, 4.0]]
 
 
 def test_codes_below_the_zero_point_do_not_wrap_around() -> None:

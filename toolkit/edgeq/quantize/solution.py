@@ -32,6 +32,7 @@ class Solution:
     def dequantize(self) -> NDArray[np.float32]:
         """Float32 matrix [outputs, inputs] that the codes stand for."""
         outputs, inputs = self.codes.shape
-        grouped = self.codes.reshape(outputs, -1, self.group).astype(np.float32)
-        weights = (grouped - self.zero_points[:, :, None]) * self.scales[:, :, None]
-        return weights.reshape(outputs, inputs).astype(np.float32)
+        weights = self.codes.reshape(outputs, -1, self.group).astype(np.float32)
+        weights -= self.zero_points[:, :, None]
+        weights *= self.scales[:, :, None]
+        return weights.reshape(outputs, inputs)
