@@ -10,24 +10,29 @@ from edgeq import accuracy
 from edgeq.accuracy import Losses, Reference
 from edgeq.backends.base import Progress, Session
 from edgeq.bundle import Gate
-from edgeq.errors import GateFailed
+from edgeq.errors import BackendFault, GateFailed
 
 ENGINE_SHARE = 0.25
-ENGINE_FLOOR = 0.005
+ENGINE_FLOOR = 0.002
 
 
 def check(reference: Reference, session: Session, max_loss: float, weights_only: float, progress: Progress) -> Gate:
     """Gate's result for a loaded bundle.
 
     It passes with finite logits, a mean KL divergence <= `max_loss` (nats per token) that is also explained by the
-    quantized weights (`weights_only`, plus a quarter and 0.005 for the engine's own arithmetic: small errors add up as
+    quantized weights (`weights_only`, plus a quarter and 0.002 for the engine's own arithmetic: small errors add up as
     their squares, and 8-bit activations are finer than 4-bit weights), and no loop: no continuation that repeats one
-    phrase where the reference's own does not.
+    phrase where the reference's own does not. Raises BackendFault when the logits have another shape than was asked for.
     """
     losses: list[Losses] = []
     for index, window in enumerate(reference.windows):
         progress("gate", index, len(reference.windows))
         logits = session.logits(window.tolist())
+        if logits.shape != (len(window), reference.vocab):
+            raise BackendFault(
+                f"the engine gave logits of shape {list(logits.shape)}",
+                why=f"{len(window)} tokens of a vocabulary of {reference.vocab} were asked for.",
+            )
         if not np.isfinite(logits).all():
             return Gate.failed(f"window {index}: logits are not finite", weights_only, max_loss, reference.text_sha256)
         losses.append(accuracy.compare(reference, index, logits))
