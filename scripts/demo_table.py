@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from edgeq import building
+from edgeq import building, planning
+from edgeq.errors import EdgeqError
 from edgeq.profiles import Profile
 from edgeq.profiling import run
 from edgeq.profiling.measure import Plan
@@ -21,7 +22,7 @@ RECIPES = ("w8g32-e8-rtn", "w4g32-e8-rtn")
 PLAN = Plan(prompts=(512,), tokens=128, repetitions=5, accuracy="full")
 COLUMNS = (
     *("model", "recipe", "size", "bits/weight", "prefill tok/s", "decode tok/s", "first token", "peak memory"),
-    *("ppl float32", "ppl bundle", "KL", "top-1"),
+    *("ppl float32", "ppl bundle", "KL", "top-1", "grade"),
 )
 
 
@@ -36,21 +37,21 @@ def main() -> None:
     for row in rows:
         table.add_row(*cells(row))
     machine = rows[0].machine
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=200)
     console.print(table)
     print(
         f"{machine.cpu_model}, {machine.cores} cores, {show_bytes(machine.memory_bytes)}, {machine.os}; "
         f"onnx on its CPU, {time.monotonic() - started:.0f} s in all"
     )
     for row in rows:
-        for reason in row.reasons:
-            print(f"{row.model} {row.recipe}: {reason}")
+        if not row.valid:
+            print(f"{row.model} {row.recipe} is not a valid measurement: {'; '.join(row.reasons)}")
 
 
 def measure(model: str, recipe: str, out: Path) -> Profile:
     """Profile of a fresh build."""
     say(f"{model} {recipe}: build")
-    plan = building.plan(model, target="host", recipe_name=recipe, out=out / f"{model}.{recipe}.onnx")
+    plan = planning.plan(model, target="host", recipe_name=recipe, out=out / f"{model}.{recipe}.onnx")
     building.build(plan, lambda *_: None)
     say(f"{model} {recipe}: profile")
     return run.profile(plan.out, target="host", plan=PLAN, progress=lambda *_: None)
@@ -72,6 +73,7 @@ def cells(row: Profile) -> list[str]:
         f"{row.accuracy.perplexity:.3f}",
         f"{row.accuracy.kl_mean:.5f}",
         f"{row.accuracy.top1_agreement:.3f}",
+        row.grade,
     ]
 
 
@@ -81,4 +83,8 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except EdgeqError as error:
+        say(f"demo: {error}")
+        sys.exit(error.exit_code)

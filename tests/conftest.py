@@ -10,7 +10,7 @@ import pytest
 
 import checkpoints
 from checkpoints import Build, quiet
-from edgeq import building
+from edgeq import building, planning
 
 os.environ.update(HF_HUB_OFFLINE="1", ORT_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
@@ -33,7 +33,7 @@ def built(tiny: Build, tmp_path_factory: pytest.TempPathFactory) -> Build:
     @cache
     def make(generation: str, recipe: str, **options: object) -> Path:
         out = tmp_path_factory.mktemp("built") / "bundle"
-        plan = building.plan(
+        plan = planning.plan(
             str(tiny(generation, **options)), target="x86-avx2", recipe_name=recipe, out=out, context=256
         )
         building.build(plan, quiet)

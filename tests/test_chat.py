@@ -271,7 +271,6 @@ def test_python_files_in_the_current_folder_are_never_run(tmp_path: Path, monkey
     for name in ("jinja2.py", "edgeq.py", "json.py", "sitecustomize.py"):
         (tmp_path / name).write_text("import pathlib; pathlib.Path('MARKER').touch()")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     assert chat.render("{{ messages | length }}", MESSAGES) == "4"
     assert not (tmp_path / "MARKER").exists()
 

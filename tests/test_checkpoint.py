@@ -356,8 +356,8 @@ def test_an_extra_tensor_is_named(folder: Path) -> None:
         ("lm_head.weight", (checkpoints.VOCAB, 64), True),
         ("lm_head.weight", (checkpoints.VOCAB - 1, 64), False),
         ("model.layers.0.self_attn.rotary_emb.inv_freq", (16,), True),
-        ("model.visual.merger.norm.weight", (32,), True),
-        ("mtp.fc.weight", (64, 128), True),
+        ("model.visual.merger.norm.weight", (32,), False),
+        ("mtp.fc.weight", (64, 128), False),
         ("lm_head.bias", (checkpoints.VOCAB,), False),
     ],
 )
@@ -369,6 +369,19 @@ def test_extra_tensors_are_ignored_only_where_real_checkpoints_have_them(
         assert name not in Checkpoint.open(folder).entries
     else:
         assert name in str(fault_of(folder))
+
+
+@pytest.mark.parametrize("name", ["model.visual.merger.norm.weight", "visual.x", "mtp.fc.weight", "model.mtp.x"])
+@pytest.mark.parametrize("generation", checkpoints.GENERATIONS)
+def test_vision_and_prediction_heads_are_ignored_in_qwen_3_5_alone(tmp_path: Path, generation: str, name: str) -> None:
+    folder = checkpoints.write(tmp_path, generation)
+    change_tensors(folder, generation, lambda tensors: tensors.update({name: np.ones(32, np.float32)}))
+    if generation == "3.5":
+        assert name not in Checkpoint.open(folder).entries
+    else:
+        fault = fault_of(folder)
+        assert fault.exit_code == 10
+        assert f"tensor {name!r} is not part of the model" in str(fault)
 
 
 def test_an_untied_checkpoint_needs_its_output_layer(folder: Path) -> None:

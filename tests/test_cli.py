@@ -165,7 +165,7 @@ def test_a_stopped_build_exits_with_130_and_leaves_nothing(tiny: Build, tmp_path
     child = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
     assert child.returncode == 130, child.stderr
     assert f"stopped by {name}" in child.stderr
-    assert list(place.iterdir()) == []
+    assert not place.exists()
 
 
 def test_square_brackets_of_an_install_line_are_printed(
@@ -176,3 +176,38 @@ def test_square_brackets_of_an_install_line_are_printed(
     line = doctor.Check(name="tool", status="FAILED", expected="x", observed="y", remedy="pip install 'edgeq[build]'")
     monkeypatch.setattr(doctor, "checks", lambda _: [line])
     assert "pip install 'edgeq[build]'" in run(capsys, "doctor")[1]
+
+
+def test_a_signal_inside_a_library_call_is_no_failure_of_that_library(built: Build) -> None:
+    script = (
+        "import os, signal, sys, onnxruntime; from edgeq import cli; "
+        "onnxruntime.InferenceSession = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT); "
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-c", script, "verify", str(built("3", "w4g32-e8-rtn"))]
+    child = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (child.returncode, child.stderr.strip()) == (130, "edgeq: stopped by SIGINT")
+
+
+def test_a_prompt_of_several_lines_is_one_word(capsys: pytest.CaptureFixture[str], built: Build) -> None:
+    assert run(capsys, "run", str(built("3", "w4g32-e8-rtn")), "Hello\nthere", "--max-tokens", "2")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["llamacpp", "llama.cpp", "mlc"])
+def test_a_backend_that_is_not_there_yet_is_a_missing_tool(
+    capsys: pytest.CaptureFixture[str], tiny: Build, name: str
+) -> None:
+    code, _, err = run(capsys, "build", str(tiny("3")), "-t", "jetson", "--backend", name)
+    assert code == 5
+    assert f"backend {name} is not part of this edgeq" in err
+
+
+@pytest.mark.parametrize("words", [["-f", "json"], ["--format", "json"], ["--json"]])
+def test_json_has_a_short_form(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    assert len(json.loads(run(capsys, "targets", "list", *words)[1])) >= 4
+
+
+def test_every_shipped_target_is_valid(capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed, _ = run(capsys, "targets", "validate")
+    assert code == 0
+    assert len(printed.splitlines()) >= 4

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from checkpoints import quiet
-from edgeq import accuracy, backends, building, bundle, gate
+from edgeq import accuracy, backends, building, bundle, gate, planning
 from edgeq.backends.onnx import weights
 from edgeq.errors import GateFailed
 from edgeq.quantize.solution import Solution
 from edgeq.quantize.solve import solve
 from edgeq.sources import DEMOS
 
+pytestmark = pytest.mark.slow
 RECIPE = "w4g32-e8-rtn"
 QUERIES = {"demo-qwen2.5": 1, "demo-qwen3": 1, "demo-qwen3.5": 3}
 
@@ -27,7 +28,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
     def make(model: str) -> Path:
         out = tmp_path_factory.mktemp("demo") / model
-        building.build(building.plan(model, target="x86-avx2", recipe_name=RECIPE, out=out, context=256), quiet)
+        building.build(planning.plan(model, target="x86-avx2", recipe_name=RECIPE, out=out, context=256), quiet)
         return out
 
     return make
@@ -83,6 +84,27 @@ def test_the_gate_catches_damage(
     found = gate.check(reference, session, made.gate.max_loss, made.gate.kl_weights_only, quiet)
     assert made.gate.passed
     assert not found.passed, f"KL {found.kl_mean} against {made.gate.kl_mean}"
+    assert "KL divergence" in str(found.reason)
+
+
+@pytest.mark.parametrize("model", DEMOS)
+def test_damage_to_the_graph_that_decodes_alone_is_caught_too(
+    demo: Callable[[str], Path], tmp_path: Path, model: str
+) -> None:
+    import onnx_ir as ir
+
+    folder = Path(shutil.copytree(demo(model), tmp_path / "damaged"))
+    graph = ir.load(folder / weights.MODEL)
+    nodes = {node.name: node for node in graph.graph}
+    lookup = next(node for node in graph.graph if node.op_type == "GatherBlockQuantized")
+    nodes["/lm_head/prune/Gather"].replace_input_with(0, lookup.outputs[0])
+    ir.save(graph, folder / weights.MODEL)
+    made = bundle.read(folder)
+    session = backends.get("onnx").load(folder, made)
+    reference = accuracy.load(folder / bundle.REFERENCE)
+    found = gate.check(reference, session, made.gate.max_loss, made.gate.kl_weights_only, quiet)
+    assert not found.passed
+    assert found.kl_mean == pytest.approx(made.gate.kl_mean)
 
 
 @pytest.mark.parametrize("model", DEMOS)
@@ -102,8 +124,8 @@ def test_a_build_with_a_broken_packer_fails_with_4_and_leaves_nothing(
         return found
 
     monkeypatch.setattr(weights, "solve", broken)
-    plan = building.plan("demo-qwen3", target="x86-avx2", recipe_name=RECIPE, out=tmp_path / "out", context=256)
+    plan = planning.plan("demo-qwen3", target="x86-avx2", recipe_name=RECIPE, out=tmp_path / "out", context=256)
     with pytest.raises(GateFailed) as caught:
         building.build(plan, quiet)
     assert caught.value.exit_code == 4
-    assert list(tmp_path.iterdir()) == []
+    assert not plan.out.exists()

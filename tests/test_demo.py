@@ -31,7 +31,8 @@ def header(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     return tokenizers.Tokenizer.from_file(str(DEMO / NAMES[0] / "tokenizer.json"))
 
 
@@ -124,7 +125,8 @@ def test_tokenizer_knows_the_marks(tokenizer: Any) -> None:
 
 
 def rendered(name: str, **options: object) -> str:
-    jinja2 = pytest.importorskip("jinja2")
+    import jinja2
+
     source = (DEMO / name / "chat_template.jinja").read_text(encoding="utf-8")
     template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(source)
     messages = options.pop("messages", [{"role": "user", "content": "Hi"}])
@@ -241,9 +243,11 @@ def test_scores_say_that_the_model_knows_things_and_that_rounding_costs(name: st
     assert row["bytes"] == sum(file.stat().st_size for file in (DEMO / name).iterdir())
 
 
+@pytest.mark.slow
 def test_transformers_loads_folder_and_answers() -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     folder = DEMO / "demo-qwen3"
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -122,10 +122,20 @@ def test_backends_say_what_they_use_or_what_they_miss(monkeypatch: pytest.Monkey
 
     modules = {"onnx": lambda: ("onnxruntime 1.32.0",), "llamacpp": missing}
     monkeypatch.setattr(backends, "NAMES", tuple(modules))
-    monkeypatch.setattr(backends, "get", lambda name: SimpleNamespace(tools=modules[name]))
-    states = {state.name: (state.usable, state.reason) for state in detect.usable_backends(target.load("jetson"))}
-    assert states == {
-        "llamacpp": (False, "llama-cpp-python is not installed; Next: pip install llama-cpp-python"),
-        "mlc": (False, "not part of this edgeq"),
-        "onnx": (True, "onnxruntime 1.32.0"),
-    }
+    engines = {"onnx": ("onnxruntime",), "llamacpp": ("a-package-that-nobody-has",)}
+    monkeypatch.setattr(backends, "get", lambda name: SimpleNamespace(tools=modules[name], ENGINE=engines[name]))
+    states = {state.name: state for state in detect.usable_backends(target.load("jetson"))}
+    why = "llama-cpp-python is not installed; Next: pip install llama-cpp-python"
+    assert states["llamacpp"] == detect.BackendState("llamacpp", False, False, why)
+    assert states["mlc"] == detect.BackendState("mlc", False, False, "not part of this edgeq")
+    assert states["onnx"] == detect.BackendState("onnx", True, True, "onnxruntime 1.32.0")
+
+
+def test_a_device_without_the_build_tools_still_runs_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> tuple[str, ...]:
+        raise MissingTool("the onnx backend needs torch", run="pip install 'edgeq[build]'")
+
+    monkeypatch.setattr("edgeq.backends.onnx.tools", missing)
+    state = detect.usable_backends(target.load("x86-avx2"))[0]
+    assert (state.name, state.usable, state.builds) == ("onnx", True, False)
+    assert "edgeq[build]" in state.reason

@@ -24,7 +24,6 @@ CODES = {
     "Busy": 23,
     "BackendFault": 30,
     "BackendKilled": 31,
-    "Interrupted": 130,
 }
 
 

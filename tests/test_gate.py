@@ -13,7 +13,7 @@ import null_bundles
 from checkpoints import quiet
 from edgeq import gate
 from edgeq.backends.null import NullSession
-from edgeq.errors import GateFailed
+from edgeq.errors import BackendFault, GateFailed
 
 VOCAB = null_bundles.VOCAB
 
@@ -117,7 +117,17 @@ def test_a_loop_that_the_reference_does_not_have_fails() -> None:
 
 def test_a_loop_that_the_reference_has_too_passes() -> None:
     looping = replace(null_bundles.reference(), continuation=np.full(48, 5, np.int32))
-    assert gate.check(looping, Repeating(VOCAB), 1.0, 0.0, quiet).passed
+    assert "repeats one phrase" not in str(gate.check(looping, Repeating(VOCAB), 1.0, 0.0, quiet).reason)
+
+
+def test_tokens_that_scoring_would_not_choose_fail_the_gate() -> None:
+    class Wandering(NullSession):
+        def generate(self, ids: Sequence[int], tokens: int) -> Iterator[int]:
+            yield from ((7 * step + 100) % VOCAB for step in range(tokens))
+
+    found = gate.check(null_bundles.reference(), Wandering(VOCAB), 1.0, 0.0, quiet)
+    assert not found.passed
+    assert "decoding and scoring disagree" in str(found.reason)
 
 
 def test_progress_counts_every_window_to_the_end() -> None:
@@ -132,3 +142,12 @@ def test_a_failed_gate_raises_with_its_reason_and_exit_code_4() -> None:
         gate.require(found, "the bundle", "choose more bits")
     assert caught.value.exit_code == 4
     assert caught.value.run == "choose more bits"
+
+
+def test_logits_of_another_shape_are_the_engines_fault() -> None:
+    class Short(NullSession):
+        def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+            return super().logits(ids)[1:]
+
+    with pytest.raises(BackendFault, match="logits of shape"):
+        gate.check(null_bundles.reference(), Short(VOCAB), math.inf, math.inf, quiet)

@@ -6,6 +6,7 @@ tests; each test has a repository of its own, and with it its own part of the ca
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import re
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,8 +36,12 @@ for line in sys.stdin:
     words, environment = json.loads(line)
     os.environ.update(environment)
     try:
-        found = hub.download(*words)
-        answer = {"folder": str(found.folder), "repo": found.repo, "revision": found.revision}
+        what, *words = words
+        if what == "config":
+            answer = {"config": hub.config(*words)}
+        else:
+            found = hub.download(*words)
+            answer = {"folder": str(found.folder), "repo": found.repo, "revision": found.revision}
     except errors.EdgeqError as error:
         answer = {"exit_code": error.exit_code, "message": str(error)}
     for name in environment:
@@ -196,7 +202,7 @@ def environment(url: str, home: Path) -> dict[str, str]:
 
 def fetch_alone(env: dict[str, str], repo: str) -> dict[str, Any]:
     """Result of one download in a process of its own."""
-    words, line = [sys.executable, "-c", WORKER], json.dumps([[repo, None, False], {}])
+    words, line = [sys.executable, "-c", WORKER], json.dumps([["download", repo, None, False], {}])
     done = subprocess.run(words, env=env, input=line, capture_output=True, text=True, timeout=60, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -218,9 +224,17 @@ class Downloader:
 
     def fetch(self, repo: str, *, revision: str | None = None, offline: bool = False, **more: str) -> dict[str, Any]:
         """Result of `hub.download`: the download, or exit code and message of its error."""
+        return self.call("download", repo, revision, offline, more)
+
+    def config(self, repo: str, *, revision: str | None = None, offline: bool = False, **more: str) -> dict[str, Any]:
+        """Result of `hub.config` under the key `config`, or exit code and message of its error."""
+        return self.call("config", repo, revision, offline, more)
+
+    def call(self, what: str, repo: str, revision: str | None, offline: bool, more: dict[str, str]) -> dict[str, Any]:
+        """Answer of the child process."""
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write(json.dumps([[repo, revision, offline], more]) + "\n")
+        self.process.stdin.write(json.dumps([[what, repo, revision, offline], more]) + "\n")
         self.process.stdin.flush()
         found: dict[str, Any] = json.loads(self.process.stdout.readline())
         return found
@@ -387,6 +401,104 @@ def test_a_cache_that_cannot_be_written_is_explained(child: Downloader, repo: Re
     assert "set HF_HOME elsewhere" in found["message"]
 
 
+def test_a_configuration_comes_alone_and_stays_in_the_cache(child: Downloader, repo: Repo) -> None:
+    assert child.config(repo.name) == {"config": json.loads(repo.files["config.json"])}
+    assert repo.fetched() == ["config.json"]
+    repo.requests.clear()
+    assert child.config(repo.name, offline=True) == child.config(repo.name, revision=COMMIT, offline=True)
+    assert repo.requests == []
+    assert child.config(repo.name, revision="main") == {"config": json.loads(repo.files["config.json"])}
+    assert repo.fetched() == []
+
+
+def test_a_configuration_in_the_cache_is_no_checkpoint(child: Downloader, repo: Repo) -> None:
+    child.config(repo.name)
+    found = child.fetch(repo.name, offline=True)
+    assert found["exit_code"] == 5
+    assert "not in the cache" in found["message"]
+    assert child.fetch(repo.name)["revision"] == COMMIT
+
+
+def test_the_configuration_of_a_cached_checkpoint_is_read_without_its_weights(child: Downloader, repo: Repo) -> None:
+    child.fetch(repo.name)
+    path = child.cached(repo, FIRST)[0]
+    path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+    assert child.config(repo.name, offline=True) == {"config": json.loads(repo.files["config.json"])}
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b'{"model_type": "qwen3", "model_type": "qwen2"}', "duplicate key 'model_type'"),
+        (b"[]", "not a JSON object"),
+        (b" " * (3 << 20), "larger than 2 MiB"),
+    ],
+)
+def test_a_configuration_that_is_damaged_or_huge_is_refused(
+    child: Downloader, repo: Repo, data: bytes, words: str
+) -> None:
+    repo.files["config.json"] = data
+    found = child.config(repo.name)
+    assert found["exit_code"] == 10
+    assert "config.json" in found["message"]
+    assert words in found["message"]
+    assert (len(data) > 2 << 20) == (repo.fetched() == [])
+
+
+def test_a_repository_without_a_configuration_is_corrupt(child: Downloader, repo: Repo) -> None:
+    del repo.files["config.json"]
+    found = child.config(repo.name)
+    assert found["exit_code"] == 10
+    assert "config.json: missing" in found["message"]
+
+
+def test_a_configuration_with_wrong_bytes_is_refused_and_removed(child: Downloader, repo: Repo) -> None:
+    repo.corrupt = "config.json"
+    assert child.config(repo.name)["exit_code"] == 12
+    assert not child.cached(repo, "config.json")
+
+
+@pytest.mark.parametrize(("status", "exit_code"), [(401, 22), (503, 5)])
+def test_a_refused_configuration_is_explained(child: Downloader, repo: Repo, status: int, exit_code: int) -> None:
+    repo.status = status
+    assert child.config(repo.name)["exit_code"] == exit_code
+
+
+def test_a_configuration_that_is_not_there_is_explained(child: Downloader, repo: Repo) -> None:
+    assert child.config("Qwen/Absent")["exit_code"] == 2
+    assert child.config(repo.name, revision="v9")["exit_code"] == 2
+    assert child.config(repo.name, offline=True)["exit_code"] == 5
+    with pytest.raises(UsageFault):
+        hub.config("../x/y", None, offline=True)
+
+
+def test_the_configuration_of_a_model_of_pickles_is_not_fetched(child: Downloader, repo: Repo) -> None:
+    repo.files = {name: data for name, data in repo.files.items() if "safetensors" not in name}
+    assert child.config(repo.name)["exit_code"] == 11
+    assert repo.fetched() == []
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.pickle", "MODEL.BIN"])
+def test_pickles_are_known_by_every_suffix_that_a_checkpoint_refuses(child: Downloader, repo: Repo, name: str) -> None:
+    repo.files = {"config.json": repo.files["config.json"], name: b"pickle"}
+    found = child.fetch(repo.name)
+    assert found["exit_code"] == 11
+    assert name in found["message"]
+
+
+def test_only_declared_packages_are_imported() -> None:
+    source = Path(hub.__file__)
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    declared = {re.split(r"[>=<]", word)[0].replace("-", "_") for word in project["dependencies"]}
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse(source.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names])
+    }
+    assert imported - set(sys.stdlib_module_names) <= {"edgeq", *declared}
+
+
 @pytest.mark.parametrize("repo", ["tiny", "../x/y", "a/b/c", "a/..", "-o/x", ""])
 def test_a_name_that_is_no_repository_is_refused(repo: str) -> None:
     with pytest.raises(UsageFault):
@@ -399,6 +511,7 @@ def test_a_revision_that_leaves_the_cache_is_refused(revision: str) -> None:
         hub.download("Qwen/Tiny", revision, offline=True)
 
 
+@pytest.mark.slow
 def test_a_build_from_the_hub_records_repository_and_commit(child: Downloader, repo: Repo, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = ["build", repo.name, "-t", "x86-avx2", "-o", str(out)]

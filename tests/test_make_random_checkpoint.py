@@ -56,8 +56,9 @@ def test_the_checkpoint_is_complete_and_sound(script: Any, tmp_path: Path, name:
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_transformers_loads_it_and_computes(script: Any, tmp_path: Path, name: str) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
+
     write(script, name, tmp_path / "made", dtype="f32")
     model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "made", output_loading_info=True)
     assert not report["missing_keys"]
@@ -98,14 +99,16 @@ def test_the_seed_decides_the_values(script: Any, tmp_path: Path) -> None:
 
 
 def test_rounding_to_bfloat16_is_to_the_nearest(script: Any) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     values = np.random.default_rng(0).standard_normal(4096).astype(np.float32)
     expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().tobytes()
     assert script._encoded(values, "bf16") == expected
 
 
 def test_every_text_tokenizes_and_comes_back(script: Any, tmp_path: Path) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
+    import tokenizers
+
     script.write_tokenizer(tmp_path)
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     text = "Grüße, 世界!\n<|im_end|>"

@@ -20,6 +20,8 @@ _DOCUMENT: dict[str, Any] = {
     "backend": "null",
     "provider": "null",
     "target": "a-board",
+    "tools": ["edgeq 0.1.0"],
+    "threads": 4,
     "machine": {
         "cpu_model": "a processor",
         "arch": "aarch64",

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def code_files() -> list[str]:
-    listed = subprocess.run(
-        ["git", "ls-files", "toolkit/*.py", "scripts", ".ci"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    return [path for path in listed.stdout.split() if Path(path).name != "__init__.py" and "/demo/" not in path]
+    code = [*ROOT.glob("toolkit/**/*.py"), *ROOT.glob("scripts/*"), *ROOT.glob(".ci/*")]
+    return sorted(str(path.relative_to(ROOT)) for path in code if path.is_file() and path.name != "__init__.py")
 
 
 @pytest.mark.parametrize("path", code_files())

@@ -6,11 +6,12 @@ from typing import Any
 import msgspec
 import pytest
 
+import checkpoints
 import machines
 from checkpoints import Build
-from edgeq import building, catalog, hub, machine, recipe, sheets, size
+from edgeq import catalog, hub, machine, planning, recipe, sheets, size
 from edgeq.errors import UsageFault
-from edgeq.model import Model
+from edgeq.model import Model, read_config
 
 
 @pytest.fixture(autouse=True)
@@ -19,6 +20,7 @@ def _no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("the hub was asked")
 
     monkeypatch.setattr(hub, "download", download)
+    monkeypatch.setattr(hub, "config", download)
 
 
 def check(sheet: sheets.ModelSheet, model: Model) -> None:
@@ -64,20 +66,28 @@ def test_what_is_left_out_is_said(tiny: Build) -> None:
     assert sheets.model(str(tiny("3.5", multimodal=True)), offline=True).left_out == ("vision", "mtp")
 
 
+def test_a_hub_ids_sheet_comes_from_its_configuration_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = checkpoints.config_of("3.5", multimodal=True)
+    monkeypatch.setattr(hub, "config", lambda *_: config)
+    sheet = sheets.model("someone/Tiny", offline=False)
+    check(sheet, read_config(config))
+    assert (sheet.name, sheet.generation, sheet.hub, sheet.left_out) == ("tiny", "3.5", None, ("vision", "mtp"))
+
+
 def test_an_unknown_model_is_a_usage_fault_with_near_names() -> None:
     with pytest.raises(UsageFault, match=r"qwen3-0\.6b"):
         sheets.model("qwen3-0.6", offline=True)
 
 
 def test_a_plans_sheet_says_what_the_build_would_do(tiny: Build, tmp_path: Path) -> None:
-    work = building.plan(
+    work = planning.plan(
         str(tiny("3")), target="x86-avx2", recipe_name="w8g32-e8-rtn", backend="null", context=128, out=tmp_path / "out"
     )
     sheet = sheets.plan(work)
     assert (sheet.model, sheet.generation, sheet.target) == (tiny("3").name, "3", "x86-avx2")
     assert (sheet.recipe, sheet.backend, sheet.context) == ("w8g32-e8-rtn", "null", 128)
     assert sheet.bundle == str(tmp_path / "out")
-    assert sheet.weights_bytes == size.weight_bytes(work.checkpoint.model, work.recipe)
+    assert sheet.weights_bytes == size.weight_bytes(work.shape, work.recipe)
     assert sheet.max_loss == recipe.parse("w8g32-e8-rtn").max_loss
     assert sheet.notes == work.notes
     assert not (tmp_path / "out").exists()

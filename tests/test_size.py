@@ -4,8 +4,10 @@ import re
 
 import pytest
 
+import checkpoints
 from edgeq import catalog, size
-from edgeq.model import Model
+from edgeq.errors import UsageFault
+from edgeq.model import Model, read_config
 from edgeq.recipe import SHIPPED, parse
 
 
@@ -30,13 +32,47 @@ def test_bytes_are_packed_bits_and_scales_and_float32_for_the_rest(name: str) ->
     assert size.weight_bytes(model, parse("w4g32-e8-rtn")) == bytes_by_hand(model, 0.625, 1.125)
     assert size.weight_bytes(model, parse("w8g32-e8-rtn")) == bytes_by_hand(model, 1.125, 1.125)
     assert size.weight_bytes(model, parse("w4g32-e4-rtn")) == bytes_by_hand(model, 0.625, 0.625)
-    assert size.weight_bytes(model, parse("w16")) == 2 * model.parameters
+    assert size.weight_bytes(model, parse("w8g128-e4-rtn")) == bytes_by_hand(model, 1.03125, 0.53125)
+    assert size.weight_bytes(model, parse("w16")) == bytes_by_hand(model, 2, 2)
 
 
 def test_bits_per_weight_are_the_mean_over_all_parameters() -> None:
     model = catalog.load("qwen3-0.6b").model
-    assert size.bits_per_weight(model, parse("w16")) == 16
+    assert size.bits_per_weight(model, parse("w16")) == pytest.approx(16.0018, abs=1e-4)
     assert [round(size.bits_per_weight(model, parse(name)), 2) for name in SHIPPED[1:]] == [9.0, 6.05, 5.0]
+
+
+@pytest.mark.parametrize("name", catalog.names())
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_shipped_recipes_divide_every_model_of_the_catalogue(name: str, recipe: str) -> None:
+    size.check_groups(catalog.load(name).model, parse(recipe))
+
+
+@pytest.mark.parametrize(
+    ("generation", "recipe", "matrix"),
+    [
+        ("2.5", "w4g128-e8-rtn", "64 inputs of model.embed_tokens.weight"),
+        ("3", "w8g128-e8-rtn", "64 inputs of model.embed_tokens.weight"),
+        ("3", "w4g64-e8-rtn", "96 inputs of model.layers.0.mlp.down_proj.weight"),
+    ],
+)
+def test_a_group_that_does_not_divide_is_refused_with_the_matrix(generation: str, recipe: str, matrix: str) -> None:
+    model = read_config(checkpoints.config_of(generation) | {"intermediate_size": 96})
+    with pytest.raises(
+        UsageFault, match=re.escape(f"{recipe}: group {parse(recipe).group} does not divide the")
+    ) as caught:
+        size.check_groups(model, parse(recipe))
+    assert caught.value.what.endswith(matrix)
+    assert "a recipe with a smaller group" in caught.value.run
+    assert not size.divides(model, parse(recipe))
+    size.check_groups(model, parse("w4g32-e8-rtn"))
+    assert size.divides(model, parse("w4g32-e8-rtn"))
+
+
+def test_groups_matter_to_quantized_matrices_alone() -> None:
+    model = read_config(checkpoints.config_of("3.5") | {"hidden_size": 48, "intermediate_size": 64})
+    size.check_groups(model, parse("w16"))
+    size.check_groups(model, parse("w4g16-e8-rtn"))
 
 
 def test_projections_and_tables_are_quantized_and_nothing_else() -> None:

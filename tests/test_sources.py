@@ -6,10 +6,12 @@ from typing import Any
 import msgspec
 import pytest
 
+import checkpoints
 from checkpoints import Build
 from edgeq import bundle, catalog, hub, sources
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import UsageFault
+from edgeq.errors import CorruptInput, UsageFault
+from edgeq.model import read_config
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -23,7 +25,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, bool]]
         calls.append((repo, revision, offline))
         return hub.Download(Path("cache", COMMIT), repo, COMMIT)
 
+    def config(repo: str, revision: str | None, offline: bool) -> dict[str, Any]:
+        calls.append((repo, revision, offline))
+        return checkpoints.config_of("3.5", multimodal=True)
+
     monkeypatch.setattr(hub, "download", download)
+    monkeypatch.setattr(hub, "config", config)
     return calls
 
 
@@ -102,6 +109,8 @@ def test_a_catalogue_name_in_any_case_is_its_hub_id(word: str, asked: list[Any])
 def test_an_unknown_word_is_a_usage_fault_and_asks_no_hub(word: str, asked: list[Any]) -> None:
     with pytest.raises(UsageFault, match="is no folder, demo, catalogue name or hub id") as caught:
         sources.find(word, offline=False)
+    with pytest.raises(UsageFault, match="is no folder, demo, catalogue name or hub id"):
+        sources.shape(word, offline=False)
     assert caught.value.exit_code == 2
     assert repr(word) in caught.value.what
     assert caught.value.run == "edgeq models list"
@@ -123,6 +132,45 @@ def test_a_word_like_nothing_lists_all_names() -> None:
         sources.find("zzz", offline=False)
     for name in (*sources.DEMOS, *catalog.names()):
         assert name in caught.value.why
+
+
+@pytest.mark.parametrize("name", sources.DEMOS)
+def test_the_shape_of_a_demo_is_that_of_its_folder(name: str, asked: list[Any]) -> None:
+    model = Checkpoint.open(sources.find(name, offline=True).folder).model
+    assert sources.shape(name, offline=True) == (name, model)
+    assert asked == []
+
+
+def test_the_shape_of_a_folder_is_read_from_headers_that_must_be_sound(tmp_path: Path, asked: list[Any]) -> None:
+    folder = checkpoints.write(tmp_path / "Tiny", "3", tied=False)
+    assert sources.shape(str(folder), offline=True) == ("tiny", Checkpoint.open(folder).model)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CorruptInput):
+        sources.shape(str(folder), offline=True)
+    assert asked == []
+
+
+@pytest.mark.parametrize("name", catalog.names())
+def test_the_shape_of_a_catalogue_name_needs_no_hub(name: str, asked: list[Any]) -> None:
+    assert sources.shape(name.upper(), offline=False) == (name, catalog.load(name).model)
+    assert asked == []
+
+
+def test_the_shape_of_a_hub_id_is_read_from_its_configuration_alone(
+    monkeypatch: pytest.MonkeyPatch, asked: list[Any]
+) -> None:
+    monkeypatch.setattr(hub, "download", lambda *_: pytest.fail("the weights were asked for"))
+    name, model = sources.shape("someone/My_Model@v2", offline=True)
+    assert (name, model) == ("my_model", read_config(checkpoints.config_of("3.5", multimodal=True)))
+    assert asked == [("someone/My_Model", "v2", True)]
+
+
+def test_the_shape_of_a_folder_wins_over_that_of_a_catalogue_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints.write(tmp_path / "qwen3-0.6b", "2.5")
+    monkeypatch.chdir(tmp_path)
+    assert sources.shape("qwen3-0.6b", offline=True)[1].generation == "2.5"
 
 
 def test_the_record_holds_every_file_with_its_digest(tiny: Build) -> None:

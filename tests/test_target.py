@@ -63,13 +63,6 @@ def test_jetson_is_the_orin_nano_super_in_any_case() -> None:
     assert target.load("Jetson").name == target.load("JETSON-ORIN-NANO-SUPER-8GB").name == "jetson-orin-nano-super-8gb"
 
 
-def test_usable_memory_is_the_share_of_the_total() -> None:
-    jetson, pi = target.load("jetson").memory, target.load("pi5").memory
-    assert jetson.usable_bytes == int(0.65 * (8 << 30))
-    assert pi.usable_share is None
-    assert pi.usable_bytes is None
-
-
 def test_a_file_of_ones_own_is_a_target(changed: Callable[[str, str], str]) -> None:
     assert target.load(changed("Raspberry Pi 5 8GB", "Mine")).title == "Mine"
 
@@ -88,6 +81,8 @@ def test_a_missing_file_is_the_users_fault() -> None:
     ("old", "new", "why"),
     [
         ('api = "cpu"', 'api = "cpu"\nvolts = 5', "unknown field"),
+        ('name = "raspberry-pi-5-8gb"', 'name = "host"', "'host' is reserved"),
+        ('aliases = ["', 'aliases = ["host", "', "'host' is reserved"),
         ('api = "cpu"', 'api = "abacus"', "abacus"),
         ('api = "cpu"', 'api = "cuda"', "gpu"),
         ('name = "raspberry-pi-5-8gb"', 'name = "Raspberry Pi"', "not a name"),

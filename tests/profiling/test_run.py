@@ -8,8 +8,8 @@ import pytest
 
 import checkpoints
 from checkpoints import Build, quiet
-from edgeq import accuracy, building, bundle, cli, data
-from edgeq.errors import DigestMismatch, InvalidMeasurement, UsageFault
+from edgeq import accuracy, building, bundle, cli, data, planning
+from edgeq.errors import CorruptInput, DigestMismatch, InvalidMeasurement, UsageFault
 from edgeq.profiling import run
 from edgeq.profiling.measure import Plan
 
@@ -27,16 +27,23 @@ def test_one_row_of_a_real_engine_has_every_promised_key_and_its_gates_loss(
     monkeypatch.chdir(tmp_path)
     folder = built("3", "w4g32-e8-rtn")
     words = ["profile", str(folder), "--target", "host", "-p", "16", "-n", "4", "-r", "1", "--save", "--json"]
-    assert cli.main(words) == 0
+    code = cli.main(words)
     printed = capsys.readouterr()
     row = json.loads(printed.out.splitlines()[-1])
     assert row.keys() >= KEYS
     assert row["accuracy"]["kl_mean"] == pytest.approx(bundle.read(folder).gate.kl_mean, rel=0.05)
     assert row["memory"]["kv_cache_bytes_per_token"] == 2 * 2 * 2 * 32 * 4
-    assert row["memory"]["peak_rss_bytes"] is None or row["memory"]["peak_rss_bytes"] > 10_000_000
+    assert row["memory"]["peak_rss_bytes"] > 10_000_000
+    assert [tool.split()[0] for tool in row["tools"]] == ["edgeq", "onnxruntime"]
     saved = Path("profiles") / row["target"] / "tiny3.w4g32-e8-rtn.onnx.json"
-    assert json.loads(saved.read_text()) == row
-    assert str(saved) in printed.err
+    assert saved.exists() == row["valid"]
+    if row["valid"]:
+        assert code == 0
+        assert json.loads(saved.read_text()) == row
+        assert str(saved) in printed.err
+    else:
+        assert code == 7
+        assert "not a valid measurement" in printed.err
 
 
 def test_a_machine_that_is_not_the_target_is_refused(built: Build) -> None:
@@ -56,7 +63,7 @@ def test_a_changed_bundle_is_not_measured(built: Build, tmp_path: Path) -> None:
 
 def small_bundle(tmp_path: Path) -> tuple[Path, Path]:
     source = checkpoints.write(tmp_path / "source", "3")
-    plan = building.plan(str(source), target="host", recipe_name="w4g32-e8-rtn", out=tmp_path / "out", context=256)
+    plan = planning.plan(str(source), target="host", recipe_name="w4g32-e8-rtn", out=tmp_path / "out", context=256)
     building.build(plan, quiet)
     return source, plan.out
 
@@ -87,3 +94,14 @@ def test_full_accuracy_needs_the_very_checkpoint_that_was_built(
     shutil.rmtree(source)
     with pytest.raises(UsageFault, match="needs the checkpoint source, which is not here"):
         run.profile(folder, target="host", progress=quiet, plan=full)
+
+
+def test_a_text_that_is_missing_or_not_utf8_is_refused_before_anything_is_measured(
+    built: Build, tmp_path: Path
+) -> None:
+    folder = built("3", "w4g32-e8-rtn")
+    with pytest.raises(UsageFault, match=r"none\.txt: no such file"):
+        run.profile(folder, target="host", progress=quiet, plan=SHORT, text=tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 100)
+    with pytest.raises(CorruptInput, match=r"latin\.txt: not UTF-8"):
+        run.profile(folder, target="host", progress=quiet, plan=SHORT, text=tmp_path / "latin.txt")

@@ -38,15 +38,15 @@ def test_gaps_are_percentiles() -> None:
 
 
 @pytest.mark.parametrize(
-    ("samples", "events", "letter"),
+    ("samples", "unthrottled", "letter"),
     [
-        ([100.0, 101, 99], 0, "A"),
-        ([100.0, 101, 99], 1, "B"),
-        ([100.0, 104, 96], 0, "B"),
-        ([100.0, 120, 80], 0, "C"),
-        ([100.0], 0, "C"),
+        ([100.0, 101, 99, 100, 100], True, "A"),
+        ([100.0, 101, 99, 100, 100], False, "B"),
+        ([100.0, 104, 96, 100, 100], True, "B"),
+        ([100.0, 120, 80, 100, 100], True, "C"),
+        ([100.0, 100, 100, 100], True, "C"),
     ],
 )
-def test_grade(samples: list[float], events: int, letter: str) -> None:
-    steady = statistics.spread([100.0, 100, 100])
-    assert statistics.grade([steady, statistics.spread(samples)], events) == letter
+def test_grade(samples: list[float], unthrottled: bool, letter: str) -> None:
+    steady = statistics.spread([100.0] * 5)
+    assert statistics.grade([steady, statistics.spread(samples)], unthrottled) == letter

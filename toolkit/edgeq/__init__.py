@@ -5,19 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeq.version import VERSION
+
 if TYPE_CHECKING:
     from edgeq.building import Built
     from edgeq.profiles import Profile
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["__version__", "build", "profile"]
 
 
 def build(model: str, *, target: str, recipe: str = "auto", **options: Any) -> Built:
-    """Build a bundle; `options` are those of `building.plan`, and the errors are its and `building.build`'s."""
-    from edgeq import building
+    """Build a bundle; `options` are those of `planning.plan`, and the errors are its and `building.build`'s."""
+    from edgeq import building, planning
 
-    return building.build(building.plan(model, target=target, recipe_name=recipe, **options), lambda *_: None)
+    return building.build(planning.plan(model, target=target, recipe_name=recipe, **options), lambda *_: None)
 
 
 def profile(bundle: str | Path, *, target: str | None = None, **options: Any) -> Profile:

@@ -21,6 +21,7 @@ from edgeq.errors import CorruptInput
 
 TOP_K = 1024
 PROMPT = 32
+CONTINUATION = 32
 _RESAMPLES = 2000
 _TINY = 1e-30
 

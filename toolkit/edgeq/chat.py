@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgeq.errors import CorruptInput, UnsafeInput
+from edgeq.errors import CorruptInput, MissingTool, UnsafeInput
 
 LIMIT_S = 1.0
 _MEMORY_BYTES = 1 << 30
@@ -28,10 +28,10 @@ def render(template: str, messages: Sequence[Mapping[str, str]], thinking: bool 
 
     `thinking` sets the template's `enable_thinking`; None leaves its default. Raises UnsafeInput when the template
     leaves the sandbox, takes more than a second of processor time, 1 GiB or 16 million characters, or recurses without
-    end; CorruptInput when it is no valid template.
+    end; CorruptInput when it is no valid template; MissingTool when this Python cannot start that process.
     """
     request = {"template": template, "messages": list(messages), "thinking": thinking}
-    command = [sys.executable, "-I", "-X", "utf8", "-m", "edgeq.chat"]
+    command = [sys.executable, "-P", "-X", "utf8", "-m", "edgeq.chat"]
     try:
         child = subprocess.run(
             command, input=json.dumps(request), capture_output=True, encoding="utf-8", timeout=_START_S
@@ -43,6 +43,8 @@ def render(template: str, messages: Sequence[Mapping[str, str]], thinking: bool 
     why = child.stderr.strip().splitlines()[-1:] or [f"It ran over {LIMIT_S:g} s or 1 GiB of memory."]
     if child.returncode == _TEMPLATE:
         raise CorruptInput("chat template: cannot be rendered", why=why[0], run="download the checkpoint again")
+    if child.returncode > 0 and child.returncode != _SECURITY:
+        raise MissingTool("chat template: the process that renders it cannot start", why=why[0], run="edgeq doctor")
     raise UnsafeInput("chat template: refused", why=why[0], run="take the checkpoint from its original publisher")
 
 

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from edgeq import bundle
 from edgeq.errors import CorruptInput, UnsafeInput, UsageFault
 from edgeq.model import IGNORED_TENSORS, Model, read_config
+from edgeq.size import TABLES
 from edgeq.tensorfile import JSON_CAP, Entry, pieces, read_capped, read_float32, read_header, reading, strict_object
 
 INDEX = "model.safetensors.index.json"
 ZERO_RUN = 4096
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _TEXT_CAP = 32 << 20
 _SIDE_FILES = (
     "added_tokens.json",
@@ -30,8 +32,6 @@ _SIDE_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 _INFINITY = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F80_0000}
 _ERASED = "Trained weights are not zero: the file was damaged, or never fully written."
 _AGAIN = "copy or download the checkpoint again"
@@ -99,7 +99,7 @@ class Checkpoint:
                 peaks = _peaks(bits)
                 if peaks.max() >= _INFINITY[entry.dtype]:
                     _refuse_infinite(entry, at, bits)
-                if len(entry.shape) > 1 and name not in _TABLES:
+                if len(entry.shape) > 1 and name not in TABLES:
                     _refuse_zero_run(entry, at, peaks, len(bits))
                 blank = blank and not peaks.any()
                 done += bits.nbytes
@@ -203,7 +203,7 @@ def _read_headers(folder: Path) -> tuple[tuple[Path, ...], dict[str, Entry]]:
 
 def _single_file(folder: Path) -> Path:
     found = sorted(folder.glob("*.safetensors"))
-    pickles = sorted(path for path in folder.iterdir() if path.suffix.lower() in _PICKLES)
+    pickles = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICKLES)
     if not found and pickles:
         raise UnsafeInput(
             f"{pickles[0]}: pickle weights are refused",
@@ -226,7 +226,7 @@ def _safe_name(where: Path, name: str) -> str:
             f"{where}: weight file {name[:100]!r} is outside the folder",
             why="A checkpoint may only name files that lie beside its index.",
         )
-    if name.lower().endswith(_PICKLES):
+    if name.lower().endswith(PICKLES):
         raise UnsafeInput(f"{where}: weight file {name[:100]!r} is a pickle", why="Reading a pickle file can run code.")
     if not name.endswith(".safetensors") or not name.isprintable() or len(name.encode()) > 255:
         raise CorruptInput(f"{where}: {name[:100]!r} is not the name of a safetensors file", run=_AGAIN)
@@ -262,7 +262,8 @@ def _match(folder: Path, model: Model, stored: Mapping[str, Entry]) -> dict[str,
 
 def _may_be_ignored(model: Model, entry: Entry) -> bool:
     repeated = model.tied and entry.name == "lm_head.weight" and entry.shape == (model.vocab, model.hidden)
-    return repeated or entry.name.startswith(IGNORED_TENSORS) or entry.name.endswith("rotary_emb.inv_freq")
+    beside = model.generation == "3.5" and entry.name.startswith(IGNORED_TENSORS)
+    return repeated or beside or entry.name.endswith("rotary_emb.inv_freq")
 
 
 def _magnitudes(bits: NDArray[Any]) -> NDArray[Any]:

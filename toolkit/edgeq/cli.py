@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeq import __version__
-from edgeq.errors import EdgeqError, Interrupted, UsageFault, from_system
+from edgeq.errors import EdgeqError, Interrupted, InvalidMeasurement, UsageFault, from_system
+from edgeq.version import VERSION
 
 _PIPE_COLUMNS = 1000
 
@@ -41,9 +41,12 @@ def main(words: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     try:
-        app(args=words)
+        app(args=_long(sys.argv[1:] if words is None else words))
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
+    except Interrupted as stop:
+        _say(f"edgeq: {stop}")
+        return stop.exit_code
     except EdgeqError as error:
         return _complain(error)
     except OSError as error:
@@ -57,7 +60,7 @@ def main(words: list[str] | None = None) -> int:
 def root(version: Version = False) -> None:
     """Quantize, build, check and measure small Qwen models for edge devices."""
     if version:
-        typer.echo(f"edgeq {__version__}")
+        typer.echo(f"edgeq {VERSION}")
         raise typer.Exit
 
 
@@ -76,16 +79,16 @@ def build(
     json: Json = False,
 ) -> None:
     """Quantize a checkpoint, build it for a device, and refuse a broken result."""
-    from edgeq import building, sheets, tables, units
+    from edgeq import building, planning, sheets, tables, units
 
     _need(target, "--target", "edgeq targets list")
     _need(model, "MODEL", "edgeq models list")
-    plan = building.plan(
+    plan = planning.plan(
         str(model),
         target=target,
         recipe_name=recipe,
         backend=backend,
-        context=units.parse_tokens(context) if context else None,
+        context=None if context is None else units.parse_tokens(context),
         out=output,
         max_size=units.parse_bytes(max_size) if max_size else None,
         max_loss=max_loss,
@@ -123,9 +126,15 @@ def profile(
     plan = measure.Plan(_numbers(prompts), tokens, _numbers(depths), repetitions, accuracy)
     with _progress() as progress:
         row = run.profile(bundle, target=target, progress=progress, plan=plan, text=text, save=save)
+    _show(row, json, tables.profile)
+    if not row.valid:
+        raise InvalidMeasurement(
+            f"{bundle}: not a valid measurement",
+            why="; ".join(row.reasons) + (" Nothing was saved." if save else ""),
+            run="end what else is running, then edgeq profile again",
+        )
     if save:
         _say(f"saved as {run.saved_path(row)}")
-    _show(row, json, tables.profile)
 
 
 @app.command()
@@ -200,11 +209,14 @@ def targets_detect(json: Json = False) -> None:
 
 
 @targets_app.command("validate")
-def targets_validate(file: Path) -> None:
-    """Check a target file of your own."""
+def targets_validate(
+    file: Annotated[Path | None, typer.Argument(help="All shipped ones when left out.")] = None,
+) -> None:
+    """Check a target file of your own, or every shipped one."""
     from edgeq import target
 
-    typer.echo(f"{file}: {target.load(str(file)).title} is a valid target")
+    for name in [str(file)] if file else target.names():
+        typer.echo(f"{name}: {target.load(name).title} is a valid target")
 
 
 @models_app.command("list")
@@ -221,6 +233,17 @@ def models_show(name: str, offline: Offline = False, json: Json = False) -> None
     from edgeq import sheets, tables
 
     _show(sheets.model(name, offline=offline), json, tables.model)
+
+
+def _long(words: list[str]) -> list[str]:
+    """The same words with `-f json`, which other tools of the field use, written as --json."""
+    found: list[str] = []
+    for word in words:
+        if word == "json" and found[-1:] in (["-f"], ["--format"]):
+            found[-1] = "--json"
+        else:
+            found.append(word)
+    return found
 
 
 def _show(document: object, json: bool, table: Callable[[Any], Any]) -> None:
@@ -240,19 +263,22 @@ def _show(document: object, json: bool, table: Callable[[Any], Any]) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on stderr, one for each phase; nothing when stderr is no terminal."""
+    """Progress bars on stderr, one for each phase; nothing when stderr is no terminal.
+
+    Drawn at each step and never in between: a thread that redraws would disturb what is measured.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bars:
         tasks: dict[str, Any] = {}
 
         def step(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=total)
-            bars.update(tasks[phase], completed=done, total=total)
+            bars.update(tasks[phase], completed=done, total=total, refresh=True)
 
         yield step
 

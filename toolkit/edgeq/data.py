@@ -38,6 +38,11 @@ def read_json(path: Path, kind: type[Document]) -> Document:
         raise CorruptInput(f"{path}: not a valid {kind.__name__} file", why=str(error)) from error
 
 
+def readable(path: Path) -> str:
+    """A path as UTF-8 can hold it: bytes that are none become replacement characters."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
 def to_json(document: object) -> bytes:
     """JSON text of a document, two-space indented, keys in their declared order, with a final newline."""
     return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from typing import Literal, cast
 
 import msgspec
@@ -9,9 +10,8 @@ import msgspec
 from edgeq import target as targets
 from edgeq.errors import MissingTool, UsageFault
 from edgeq.machine import Machine, this_machine
-from edgeq.target import BackendName, Cpu, Figure, Gpu, Match, Memory, Target
+from edgeq.target import HOST, BackendName, Cpu, Figure, Gpu, Match, Memory, Target
 
-HOST = "host"
 READ_HERE = "read from the machine itself"
 _SMALLEST_RAM_SHARE = 0.8  # firmware and graphics take the rest before the system counts it
 _RECIPES = ("w4g32-e8-rtn", "w8g32-e8-rtn", "w4g32-e4-rtn", "w16")
@@ -23,10 +23,11 @@ _BACKENDS: dict[str, tuple[BackendName, ...]] = {
 
 
 class BackendState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Whether a backend runs here; `reason` names its tools, or what is missing and how to install it."""
+    """Whether a backend runs and builds bundles here; `reason` names its tools, or what is missing and its remedy."""
 
     name: str
     usable: bool
+    builds: bool
     reason: str
 
 
@@ -72,13 +73,22 @@ def usable_backends(target: Target) -> tuple[BackendState, ...]:
 
     def state(name: str) -> BackendState:
         if name not in backends.NAMES:
-            return BackendState(name, False, "not part of this edgeq")
+            return BackendState(name, False, False, "not part of this edgeq")
+        backend = backends.get(name)
         try:
-            return BackendState(name, True, ", ".join(backends.get(name).tools()))
+            return BackendState(name, True, True, ", ".join(backend.tools()))
         except MissingTool as missing:
-            return BackendState(name, False, "; ".join(str(missing).splitlines()))
+            runs = all(map(_installed, backend.ENGINE))
+            return BackendState(name, runs, False, "; ".join(str(missing).splitlines()))
 
     return tuple(state(name) for name in target.backends)
+
+
+def _installed(package: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(package))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _other_memory(target: Target, machine: Machine) -> str | None:

@@ -109,8 +109,8 @@ class BackendKilled(EdgeqError):
     exit_code = 31
 
 
-class Interrupted(EdgeqError):
-    """The user or the system asked to stop."""
+class Interrupted(BaseException):
+    """The user or the system asked to stop; no Exception, so that nothing on the way out takes it for a failure."""
 
     exit_code = 130
 

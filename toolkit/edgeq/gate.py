@@ -14,6 +14,7 @@ from edgeq.errors import BackendFault, GateFailed
 
 ENGINE_SHARE = 0.25
 ENGINE_FLOOR = 0.002
+DECODING_FLOOR = 0.2
 
 
 def check(reference: Reference, session: Session, max_loss: float, weights_only: float, progress: Progress) -> Gate:
@@ -21,8 +22,9 @@ def check(reference: Reference, session: Session, max_loss: float, weights_only:
 
     It passes with finite logits, a mean KL divergence <= `max_loss` (nats per token) that is also explained by the
     quantized weights (`weights_only`, plus a quarter and 0.002 for the engine's own arithmetic: small errors add up as
-    their squares, and 8-bit activations are finer than 4-bit weights), and no loop: no continuation that repeats one
-    phrase where the reference's own does not. Raises BackendFault when the logits have another shape than was asked for.
+    their squares, and 8-bit activations are finer than 4-bit weights), and sound decoding: no continuation that repeats
+    one phrase where the reference's own does not, and tokens that scoring calls the likeliest too, within 0.2 nats.
+    Raises BackendFault when the logits have another shape than was asked for.
     """
     losses: list[Losses] = []
     for index, window in enumerate(reference.windows):
@@ -45,8 +47,8 @@ def check(reference: Reference, session: Session, max_loss: float, weights_only:
             f"KL divergence {found.kl_mean:.4f}, but the quantized weights alone lose only {weights_only:.4f} nats per "
             "token: the engine does not run the weights that were quantized"
         )
-    elif _loops(reference, session):
-        reason = "greedy decoding repeats one phrase, the float32 reference does not"
+    else:
+        reason = _decoding_fault(reference, session)
     progress("gate", len(reference.windows), len(reference.windows))
     return Gate(
         passed=reason is None,
@@ -69,7 +71,14 @@ def require(result: Gate, what: str, run: str) -> None:
         raise GateFailed(f"{what}: {result.reason}", why="The accuracy gate refused it.", run=run)
 
 
-def _loops(reference: Reference, session: Session) -> bool:
+def _decoding_fault(reference: Reference, session: Session) -> str | None:
+    """What is wrong with greedy decoding, which may run other kernels or another graph than scoring does."""
     prompt = reference.windows[0, : accuracy.PROMPT].tolist()
     ours = list(session.generate(prompt, len(reference.continuation)))
-    return accuracy.loops(ours) and not accuracy.loops(reference.continuation.tolist())
+    if accuracy.loops(ours) and not accuracy.loops(reference.continuation.tolist()):
+        return "greedy decoding repeats one phrase, the float32 reference does not"
+    scored = session.logits(prompt + ours)[len(prompt) - 1 : -1]
+    shortfall = float((scored.max(axis=1) - scored[np.arange(len(ours)), ours]).mean())
+    if not shortfall <= DECODING_FLOOR:
+        return f"decoded tokens score {shortfall:.2f} nats below the likeliest: decoding and scoring disagree"
+    return None

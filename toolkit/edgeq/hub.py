@@ -1,4 +1,4 @@
-"""Download a checkpoint from a Hugging Face hub: one commit, every byte checked against what the hub declares."""
+"""Download from a Hugging Face hub: one commit, every byte checked against what the hub declares."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from edgeq.checkpoint import PICKLES
 from edgeq.errors import (
     CorruptInput,
     DigestMismatch,
@@ -25,10 +26,11 @@ from edgeq.errors import (
     UnsupportedModel,
     UsageFault,
 )
+from edgeq.tensorfile import JSON_CAP, read_capped, strict_object
 
 WANTED = ["*.safetensors", "*.json", "*.jinja", "merges.txt"]
 UNWANTED = ["*/*"]
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_CONFIG = "config.json"
 _REPO = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
 _REVISION = re.compile(r"\w[\w./-]*", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -64,6 +66,21 @@ def download(repo: str, revision: str | None, offline: bool) -> Download:
     UnsupportedModel when it has no safetensors weights, DiskFault when the disk is too small, CorruptInput when a
     transfer stays incomplete, and DigestMismatch when bytes are not those that the hub declares.
     """
+    folder = _snapshot(repo, revision, offline, WANTED)
+    return Download(folder, repo, folder.name)
+
+
+def config(repo: str, revision: str | None, offline: bool) -> dict[str, Any]:
+    """The `config.json` of checkpoint `owner/name` at a branch, tag or commit (default: main); fetches no other file.
+
+    Raises what `download` raises, and CorruptInput when the file is missing, larger than 2 MiB or no strict JSON.
+    """
+    path = _snapshot(repo, revision, offline, [_CONFIG]) / _CONFIG
+    return strict_object(read_capped(path, JSON_CAP), str(path))
+
+
+def _snapshot(repo: str, revision: str | None, offline: bool, wanted: list[str]) -> Path:
+    """Folder in the cache, named by its commit, that holds the files of those patterns, each checked."""
     _check_words(repo, revision)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
@@ -71,8 +88,7 @@ def download(repo: str, revision: str | None, offline: bool) -> Download:
 
     offline = offline or constants.HF_HUB_OFFLINE
     with _explained(repo, revision, offline):
-        folder = _cached(repo, revision) if offline else _fetched(repo, revision)
-    return Download(folder, repo, folder.name)
+        return _cached(repo, revision, wanted) if offline else _fetched(repo, revision, wanted)
 
 
 def _check_words(repo: str, revision: str | None) -> None:
@@ -82,40 +98,41 @@ def _check_words(repo: str, revision: str | None) -> None:
         raise UsageFault(f"{revision!r} is not a revision", why="It is a branch, a tag or a commit hash.")
 
 
-def _fetched(repo: str, revision: str | None) -> Path:
+def _fetched(repo: str, revision: str | None, wanted: list[str]) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-    files = _declared(info)
+    files = _declared(info, wanted)
     _check_weights(repo, [file.rfilename for file in info.siblings or ()])
+    _check_config(repo, files)
     _check_space(repo, str(info.sha), files)
-    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, ignore_patterns=UNWANTED))
     if folder.name != info.sha:
-        files = _declared(HfApi().model_info(repo, revision=folder.name, files_metadata=True))
+        files = _declared(HfApi().model_info(repo, revision=folder.name, files_metadata=True), wanted)
     for file in files:
         _verify(folder / file.name, file)
     return folder
 
 
-def _cached(repo: str, revision: str | None) -> Path:
+def _cached(repo: str, revision: str | None, wanted: list[str]) -> Path:
     """Snapshot in the cache; its links end in the digests that the hub declared when the files came."""
     from huggingface_hub import snapshot_download
 
     folder = Path(
         snapshot_download(
-            repo, revision=revision, local_files_only=True, allow_patterns=WANTED, ignore_patterns=UNWANTED
+            repo, revision=revision, local_files_only=True, allow_patterns=wanted, ignore_patterns=UNWANTED
         )
     )
     for path in sorted(folder.iterdir()):
         digest = path.readlink().name if path.is_symlink() else ""
-        if _DIGEST.fullmatch(digest):
+        if _matches(path.name, wanted) and _DIGEST.fullmatch(digest):
             _verify(path, _Declared(path.name, path.stat().st_size, digest))
     return folder
 
 
-def _declared(info: Any) -> list[_Declared]:
-    wanted = [file for file in info.siblings or () if _is_wanted(file.rfilename)]
-    if odd := [file.rfilename for file in wanted if file.size is None or file.blob_id is None]:
+def _declared(info: Any, wanted: list[str]) -> list[_Declared]:
+    files = [file for file in info.siblings or () if _matches(file.rfilename, wanted)]
+    if odd := [file.rfilename for file in files if file.size is None or file.blob_id is None]:
         raise MissingTool(
             f"{info.id}: the hub declares no size and digest for {odd[0]}",
             why="Without them a download cannot be checked.",
@@ -125,24 +142,31 @@ def _declared(info: Any) -> list[_Declared]:
         _Declared(file.rfilename, file.lfs.size, file.lfs.sha256)
         if file.lfs
         else _Declared(file.rfilename, file.size, file.blob_id)
-        for file in wanted
+        for file in files
     ]
 
 
-def _is_wanted(name: str) -> bool:
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in WANTED)
+def _matches(name: str, wanted: list[str]) -> bool:
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in wanted)
 
 
 def _check_weights(repo: str, names: list[str]) -> None:
-    if any(_is_wanted(name) and name.endswith(".safetensors") for name in names):
+    if any(_matches(name, ["*.safetensors"]) for name in names):
         return
-    if pickles := [name for name in names if name.endswith(_PICKLES)]:
+    if pickles := [name for name in names if name.lower().endswith(PICKLES)]:
         raise UnsafeInput(
             f"{repo}: {pickles[0]}: pickle weights are refused",
             why="Reading a pickle file can run code, and the repository holds no safetensors.",
             run="choose another repository of the same model",
         )
     raise UnsupportedModel(f"{repo}: holds no safetensors weights", run="edgeq models list")
+
+
+def _check_config(repo: str, files: list[_Declared]) -> None:
+    if any(file.name == _CONFIG and file.bytes > JSON_CAP for file in files):
+        raise CorruptInput(
+            f"{repo}: {_CONFIG} is larger than {JSON_CAP >> 20} MiB", why="A file of this kind is much smaller."
+        )
 
 
 def _check_space(repo: str, commit: str, files: list[_Declared]) -> None:
@@ -186,16 +210,20 @@ def _digest(path: Path, declared: _Declared) -> str:
 @contextmanager
 def _explained(repo: str, revision: str | None, offline: bool) -> Iterator[None]:
     """Turn every failure of the hub's library into an edgeq error."""
-    import httpx2
-
     try:
         yield
-    except (OSError, httpx2.HTTPError, ValueError) as error:
+    except (OSError, _http_error(), ValueError) as error:
         raise _explain(error, repo, revision, offline) from error
 
 
+def _http_error() -> type[BaseException]:
+    """Base of what the HTTP client of the hub's library raises; which client that is, is the library's own affair."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
+
 def _explain(error: BaseException, repo: str, revision: str | None, offline: bool) -> EdgeqError:
-    import httpx2
     from huggingface_hub import constants, errors
 
     hub = constants.ENDPOINT
@@ -212,7 +240,7 @@ def _explain(error: BaseException, repo: str, revision: str | None, offline: boo
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         return _explain(error.__cause__, repo, revision, offline)
     unreachable = (
-        httpx2.TransportError,
+        _http_error(),
         errors.FileMetadataError,
         errors.LocalEntryNotFoundError,
         errors.OfflineModeIsEnabled,

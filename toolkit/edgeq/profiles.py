@@ -141,6 +141,7 @@ class Health(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One row: identity, speed, memory, energy and accuracy of a bundle on a machine, and the verdict.
 
+    `tools` are edgeq and the engine's packages in the versions that ran, `threads` what the engine was given.
     `valid` says whether enough repetitions were undisturbed; grade A or B may be compared, C is only reported.
     `sustained` needs a long run, which this version does not make.
     """
@@ -153,6 +154,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     backend: str
     provider: str
     target: str
+    tools: tuple[str, ...]
+    threads: int
     machine: Machine
     load: Load
     first_token_s: Spread

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq import accuracy, transformer
-from edgeq.accuracy import PROMPT, TOP_K, Reference, likeliest
+from edgeq.accuracy import CONTINUATION, PROMPT, TOP_K, Reference, likeliest
 from edgeq.backends.base import Progress
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import CorruptInput, UsageFault
@@ -23,7 +23,6 @@ LENGTH = 128
 QUICK_WINDOWS = 8
 FULL_WINDOWS = 48
 FULL_TOP_K = 4096
-_CONTINUATION = 32
 
 
 def windows(folder: Path, text: str, count: int, length: int, vocab: int) -> NDArray[np.int32]:
@@ -63,7 +62,7 @@ def quick(
     That loss is the KL divergence, in nats per token, of the same transformers model with every matrix replaced by what
     the recipe makes of it: what an engine loses beyond it is the engine's. Holds the model in float32.
     """
-    length = min(LENGTH, context - _CONTINUATION)
+    length = min(LENGTH, context - CONTINUATION)
     found = windows(checkpoint.folder, text, QUICK_WINDOWS, length, checkpoint.model.vocab)
     model = transformer.instantiate(checkpoint, lambda _: True)
     reference = _record(model, found, text, min(TOP_K, checkpoint.model.vocab), progress)
@@ -126,12 +125,12 @@ def _logits(model: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
 
 
 def _continue(model: Any, prompt: Sequence[int] | NDArray[np.int32]) -> list[int]:
-    """Greedy continuation of the reference, `_CONTINUATION` tokens."""
+    """Greedy continuation of the reference, `CONTINUATION` tokens."""
     import torch
 
     tokens, cache = [], None
     step = torch.tensor([list(map(int, prompt))])
-    for _ in range(_CONTINUATION):
+    for _ in range(CONTINUATION):
         output = model(input_ids=step, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         tokens.append(int(output.logits[0, -1].argmax()))

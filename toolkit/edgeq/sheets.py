@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import msgspec
 
-from edgeq import catalog, detect, recipe, size, sources
-from edgeq.building import Plan
-from edgeq.checkpoint import Checkpoint
+from edgeq import catalog, data, detect, recipe, size, sources
 from edgeq.errors import UsageFault
 from edgeq.machine import Accelerator, Machine
 from edgeq.model import Model
+from edgeq.planning import Plan
+from edgeq.target import HOST
 
 
 class RecipeSize(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,30 +78,30 @@ def detection(machine: Machine) -> Detection:
         isa=machine.isa,
         memory_bytes=machine.memory_bytes,
         accelerators=machine.accelerators,
-        backends=detect.usable_backends(detect.resolve(detect.HOST, machine)),
+        backends=detect.usable_backends(detect.resolve(HOST, machine)),
     )
 
 
 def model(name: str, *, offline: bool) -> ModelSheet:
-    """Sheet of a catalogue model by name or hub id, without the network, or of what `sources.find` knows."""
+    """Sheet of a catalogue model by name or hub id, without the network, or of what `sources.shape` knows."""
     try:
         entry = catalog.load(name)
     except UsageFault:
-        origin = sources.find(name, offline=offline)
-        return _sheet(origin.short_name, Checkpoint.open(origin.folder).model, None)
+        short_name, shape = sources.shape(name, offline=offline)
+        return _sheet(short_name, shape, None)
     return _sheet(entry.name, entry.model, entry)
 
 
 def plan(work: Plan) -> PlanSheet:
     """Document of a build's plan."""
     return PlanSheet(
-        model=work.origin.short_name,
-        generation=work.checkpoint.model.generation,
+        model=work.name,
+        generation=work.shape.generation,
         target=work.target.name,
         recipe=str(work.recipe),
         backend=work.backend,
         context=work.context,
-        bundle=str(work.out),
+        bundle=data.readable(work.out),
         weights_bytes=work.bytes,
         bits_per_weight=work.bits_per_weight,
         max_loss=work.max_loss,

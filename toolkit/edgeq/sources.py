@@ -10,6 +10,7 @@ from edgeq import catalog, data, hub
 from edgeq.bundle import Source
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import UsageFault
+from edgeq.model import Model, read_config
 
 DEMOS = ("demo-qwen2.5", "demo-qwen3", "demo-qwen3.5")
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -27,7 +28,7 @@ class Origin:
     @property
     def short_name(self) -> str:
         """Name for files and tables: the last part, lower case."""
-        return Path(self.name).name.lower() or "model"
+        return _short(self.name)
 
     def source(self, checkpoint: Checkpoint) -> Source:
         """Record for the bundle, every file with its digest."""
@@ -39,20 +40,50 @@ def find(model: str, *, offline: bool) -> Origin:
 
     Raises UsageFault when nothing is called so, and what `hub.download` raises.
     """
+    if (local := _local(model)) is not None:
+        return local
+    found = hub.download(*_on_hub(model), offline)
+    return Origin("hub", found.repo, found.folder, found.revision)
+
+
+def shape(name: str, *, offline: bool) -> tuple[str, Model]:
+    """Short name and shape of what `find` would find, without weights.
+
+    Read from the headers of a folder, from the catalogue for its names, and from `config.json` alone for a hub id.
+    Raises UsageFault when nothing is called so, and what `Checkpoint.open`, `hub.config` and `read_config` raise.
+    """
+    if (local := _local(name)) is not None:
+        return local.short_name, Checkpoint.open(local.folder).model
+    if name.lower() in catalog.names():
+        entry = catalog.load(name)
+        return entry.name, entry.model
+    repo, revision = _on_hub(name)
+    return _short(repo), read_config(hub.config(repo, revision, offline))
+
+
+def _local(model: str) -> Origin | None:
+    """Origin of a demo or a folder; None for any other word."""
     if model in DEMOS:
         return Origin("demo", model, data.folder("demo") / model)
-    if (folder := _folder(model)) is not None:
-        return Origin("folder", _readable(folder.name), folder)
+    folder = _folder(model)
+    return None if folder is None else Origin("folder", _readable(folder.name), folder)
+
+
+def _on_hub(model: str) -> tuple[str, str | None]:
+    """Repository and revision of a catalogue name or a hub id; raises UsageFault for any other word."""
     if model.lower() in catalog.names():
-        model = catalog.load(model).hub
+        return catalog.load(model).hub, None
     if match := _HUB_ID.fullmatch(model):
-        found = hub.download(match["repo"], match["revision"], offline)
-        return Origin("hub", found.repo, found.folder, found.revision)
+        return match["repo"], match["revision"]
     raise UsageFault(
         f"{model!r} is no folder, demo, catalogue name or hub id",
         why=data.near(model, (*DEMOS, *catalog.names())),
         run="edgeq models list",
     )
+
+
+def _short(name: str) -> str:
+    return Path(name).name.lower() or "model"
 
 
 def _folder(model: str) -> Path | None:

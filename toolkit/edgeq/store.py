@@ -21,20 +21,21 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 @contextlib.contextmanager
 def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
-    """Empty folder that becomes `out` when the block ends well, and is removed when it does not.
+    """Empty folder that becomes `out` when the block ends well, and is removed, new parents too, when it does not.
 
     An older bundle at `out` is replaced; anything else there is refused with UsageFault. Raises DiskFault when
     `needed_bytes` do not fit, and OSError (see `errors.from_system`) when the disk fills or the place is read-only.
     """
     out = out.resolve()
     _refuse_foreign(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free, needed_bytes = shutil.disk_usage(out.parent).free, needed_bytes + _RESERVE
-    if free < needed_bytes:
+    missing = [parent for parent in out.parents if not parent.exists()]
+    free = shutil.disk_usage(out.parents[len(missing)]).free
+    if free < needed_bytes + _RESERVE:
         raise DiskFault(
-            f"{out.parent}: {free / 1e9:.2f} GB free, the build needs about {needed_bytes / 1e9:.2f} GB",
+            f"{out.parent}: {free / 1e9:.2f} GB free, the build needs about {(needed_bytes + _RESERVE) / 1e9:.2f} GB",
             run="free some space, or choose another disk with -o",
         )
+    out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".edgeq.", dir=out.parent))
     try:
         yield folder
@@ -42,6 +43,9 @@ def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
         _commit(folder, out)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for parent in missing:
+                parent.rmdir()
 
 
 def _refuse_foreign(out: Path) -> None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
-from rich.text import Text
 
+from edgeq.sources import DEMOS
 from edgeq.target import Figure
 from edgeq.units import show_bytes
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgeq.building import Built
     from edgeq.bundle import Gate
     from edgeq.catalog import Entry
+    from edgeq.detect import BackendState
     from edgeq.doctor import Check
     from edgeq.profiles import Profile, Spread
     from edgeq.sheets import Detection, ModelSheet, PlanSheet
@@ -60,35 +61,30 @@ def verified(document: Verified) -> Table:
     )
 
 
-def profile(document: Profile) -> Group:
-    """One measured row, with what makes it less than comparable."""
-    table = _table("model", "recipe", "size", "bits", *_speeds(document), "first token", "peak", *_LOSSES)
-    loss = document.accuracy
-    table.add_row(
-        document.model,
-        document.recipe,
-        show_bytes(document.bundle.bytes),
-        f"{document.bundle.bits_per_weight:.2f}",
-        *(_rate(each.tokens_per_s) for each in document.prefill),
-        *(_rate(each.tokens_per_s) for each in document.decode),
-        f"{document.first_token_s.median * 1e3:.1f} ms",
-        show_bytes(document.memory.peak_rss_bytes),
-        *((f"{loss.perplexity_reference:.3f}", f"{loss.perplexity:.3f}") if loss else ("-", "-")),
-        *((f"{loss.kl_mean:.4f}", f"{loss.top1_agreement:.3f}") if loss else ("-", "-")),
-    )
-    machine = document.machine
-    lines = [
-        f"{document.target}: {machine.cpu_model}, {document.backend} on {document.provider}, grade {document.grade}"
+def profile(document: Profile) -> Table:
+    """One measured row, and what makes it less than comparable."""
+    loss, memory = document.accuracy, document.memory
+    phases = (("load", memory.load), ("prefill", memory.prefill), ("decode", memory.decode))
+    rows = [
+        ("model", f"{document.model} {document.recipe}, {document.bundle.bits_per_weight:.2f} bits per weight"),
+        ("size", show_bytes(document.bundle.bytes)),
+        ("machine", f"{document.target}: {document.machine.cpu_model}, {', '.join(document.tools)}"),
+        *((f"prefill {each.tokens}", f"{_rate(each.tokens_per_s)} tokens/s") for each in document.prefill),
+        *((f"decode at {each.depth}", f"{_rate(each.tokens_per_s)} tokens/s") for each in document.decode),
+        ("first token", f"{document.first_token_s.median * 1e3:.1f} ms from {document.first_token_from}"),
+        ("load", f"{document.load.warm_s:.2f} s warm, {_seconds(document.load.cold_s)} cold"),
+        ("peak memory", show_bytes(memory.peak_rss_bytes)),
+        ("", ", ".join(f"{name} {show_bytes(phase.rss_bytes)}" for name, phase in phases)),
     ]
-    return Group(table, *map(Text, (*lines, *document.reasons)))
-
-
-_LOSSES = ("ppl float", "ppl", "KL", "top-1")
-
-
-def _speeds(document: Profile) -> list[str]:
-    prefill = [f"prefill {each.tokens} tok/s" for each in document.prefill]
-    return prefill + [f"decode tok/s{f' @{each.depth}' if each.depth else ''}" for each in document.decode]
+    if loss:
+        rows += [
+            ("perplexity", f"{loss.perplexity_reference:.3f} float32 -> {loss.perplexity:.3f}, {loss.tokens} tokens"),
+            ("KL divergence", f"{loss.kl_mean:.5f} [{loss.kl_low:.5f}, {loss.kl_high:.5f}] nats per token"),
+            ("top-1", f"{loss.top1_agreement:.3f} agreement, {loss.flips.lost} lost, {loss.flips.gained} gained"),
+            ("reference", loss.reference),
+        ]
+    rows.append(("grade", "; ".join((document.grade, *document.reasons))))
+    return _facts(*rows)
 
 
 def checks(document: Sequence[Check]) -> Table:
@@ -128,10 +124,7 @@ def target(document: Target) -> Table:
 
 def detected(document: Detection) -> Table:
     """What this machine is."""
-    rows = [
-        (f"backend {state.name}", "usable" if state.usable else f"not usable: {state.reason}")
-        for state in document.backends
-    ]
+    rows = [(f"backend {state.name}", _usable(state)) for state in document.backends]
     return _facts(
         ("target", document.target or "none of the catalogue"),
         ("cpu", document.cpu),
@@ -142,14 +135,14 @@ def detected(document: Detection) -> Table:
     )
 
 
-def models(document: Iterable[Entry]) -> Table:
-    """The catalogue."""
+def models(document: Iterable[Entry]) -> Group:
+    """The catalogue, and the names of the bundled demos."""
     table = _table("model", "hub id", "parameters", "context", "license", "thinking", "released")
     for each in document:
         license_ = each.license if each.commercial else f"{each.license} (not for commercial use)"
         parameters = f"{each.parameters / 1e9:.2f} B"
         table.add_row(each.name, each.hub, parameters, str(each.context), license_, each.thinking, str(each.released))
-    return table
+    return Group(table, "", f"bundled, for trying out: {', '.join(DEMOS)}")
 
 
 def model(document: ModelSheet) -> Group:
@@ -187,6 +180,12 @@ def _leaves(part: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
             yield prefix + field, value
 
 
+def _usable(state: BackendState) -> str:
+    if state.usable:
+        return "builds and runs" if state.builds else f"runs bundles; cannot build: {state.reason}"
+    return f"not usable: {state.reason}"
+
+
 def _gate(gate: Gate) -> str:
     if gate.kl_mean is None:
         return f"failed: {gate.reason}"
@@ -196,6 +195,10 @@ def _gate(gate: Gate) -> str:
         f"top-1 {gate.top1_agreement:.3f}, "
         f"perplexity {gate.perplexity_reference:.3f} -> {gate.perplexity:.3f}, on {gate.ran_on}"
     )
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} s"
 
 
 def _rate(spread: Spread) -> str:

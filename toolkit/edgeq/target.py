@@ -9,10 +9,11 @@ from typing import Literal
 import msgspec
 
 from edgeq import data, recipe
-from edgeq.errors import UsageFault
+from edgeq.errors import CorruptInput, UsageFault
 
 Api = Literal["cuda", "metal", "vulkan", "cpu"]
 BackendName = Literal["onnx", "llamacpp", "mlc", "null"]
+HOST = "host"
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 
 
@@ -48,13 +49,6 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         if self.usable_share and self.usable_share.value > 1:
             raise ValueError("usable_share is above 1")
-
-    @property
-    def usable_bytes(self) -> int | None:
-        """Bytes that a model may take: the usable share of the total, or None when either is unknown."""
-        if self.total_bytes is None or self.usable_share is None:
-            return None
-        return int(self.total_bytes.value * self.usable_share.value)
 
 
 class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -119,13 +113,14 @@ def names() -> tuple[str, ...]:
 def load(name: str) -> Target:
     """Target by its name, one of its aliases (in any case), or the path of a TOML file.
 
-    Raises UsageFault when there is none, CorruptInput when the file is not a valid target.
+    Raises UsageFault when there is none, CorruptInput when the file is not a valid target or takes the name `host`,
+    which means the machine at hand.
     """
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
             raise UsageFault(f"{name}: no such target file", run="edgeq targets list")
-        return data.read_toml(path, Target)
+        return _own(path)
     wanted = name.lower()
     if wanted in names():
         return _shipped(wanted)
@@ -133,8 +128,15 @@ def load(name: str) -> Target:
     if wanted in aliases:
         return aliases[wanted]
     raise UsageFault(
-        f"{name!r} is not a target", why=data.near(name, (*names(), *aliases, "host")), run="edgeq targets list"
+        f"{name!r} is not a target", why=data.near(name, (*names(), *aliases, HOST)), run="edgeq targets list"
     )
+
+
+def _own(path: Path) -> Target:
+    found = data.read_toml(path, Target)
+    if HOST in (found.name, *found.aliases):
+        raise CorruptInput(f"{path}: the name {HOST!r} is reserved", why="It means the machine that edgeq runs on.")
+    return found
 
 
 def _shipped(name: str) -> Target:

@@ -1,12 +1,35 @@
-"""A checkpoint as a transformers model, filled from edgeq's own reader: no file of the folder reaches transformers."""
+"""A checkpoint as a transformers model, filled from edgeq's own reader and its allow-listed configuration."""
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import MissingTool
+from edgeq.errors import MissingTool, OutOfMemory
+from edgeq.machine import this_machine
+from edgeq.model import Model
+
+FLOAT_BYTES = 4
+_QUANTIZING_BYTES = 6  # of the largest matrix, for each weight: codes, scales, and the float32 that they stand for
+_LIBRARY_BYTES = 600_000_000  # torch, transformers and ONNX Runtime, as measured
+
+
+def check_memory(model: Model) -> None:
+    """Raise OutOfMemory, with the prediction, when a model's float32 reference would not fit this machine's memory."""
+    import psutil
+
+    largest = max(math.prod(shape) for shape in model.tensors().values())
+    needed = FLOAT_BYTES * model.parameters + _QUANTIZING_BYTES * largest + _LIBRARY_BYTES
+    available = min(psutil.virtual_memory().available, this_machine().memory_bytes or sys.maxsize)
+    if needed > available:
+        raise OutOfMemory(
+            f"the float32 reference needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free",
+            why="It takes 4 bytes for each of the checkpoint's weights.",
+            run="close other programs, or build on a machine with more memory: the bundle runs where it is copied to",
+        )
 
 
 def instantiate(checkpoint: Checkpoint, wanted: Callable[[str], bool]) -> Any:

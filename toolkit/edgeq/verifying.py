@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from edgeq import accuracy, backends, bundle, gate
+from edgeq import accuracy, backends, bundle, data, gate
 from edgeq.backends.base import Progress
 from edgeq.bundle import Gate
 
@@ -35,4 +35,6 @@ def verify(folder: Path, progress: Progress) -> Verified:
     finally:
         session.close()
     gate.require(result, f"{folder}", "build the bundle again; if it fails again, report the machine with edgeq doctor")
-    return Verified(bundle=str(folder), digest=made.digest, files=len(made.files), gate=result, gate_at_build=made.gate)
+    return Verified(
+        bundle=data.readable(folder), digest=made.digest, files=len(made.files), gate=result, gate_at_build=made.gate
+    )

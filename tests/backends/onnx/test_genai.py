@@ -9,6 +9,7 @@ import pytest
 from checkpoints import Build
 from edgeq import backends, bundle
 
+pytestmark = pytest.mark.slow
 IDS = [(5 * n + 1) % 256 for n in range(40)]
 
 

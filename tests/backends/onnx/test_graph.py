@@ -33,4 +33,5 @@ def test_rotary_caches_and_genai_config_are_cut_to_the_bundles_context(built: Bu
 def test_genai_config_names_the_generation(built: Build, generation: str, kind: str) -> None:
     config = json.loads((built(generation, "w4g32-e8-rtn") / "genai_config.json").read_text())
     assert config["model"]["type"] == kind
-    assert 258 in config["model"]["eos_token_id"] if isinstance(config["model"]["eos_token_id"], list) else True
+    stops = config["model"]["eos_token_id"]
+    assert 258 in (stops if isinstance(stops, list) else [stops])

@@ -7,14 +7,17 @@ from typing import cast
 
 from edgeq import data
 from edgeq.backends.base import Backend
-from edgeq.errors import UsageFault
+from edgeq.errors import MissingTool, UsageFault
 
 _MODULES = {"onnx": "edgeq.backends.onnx", "null": "edgeq.backends.null"}
 NAMES = tuple(_MODULES)
+_NOT_YET = ("llamacpp", "llama.cpp", "mlc")
 
 
 def get(name: str) -> Backend:
-    """Backend of that name; raises UsageFault when edgeq has none."""
+    """Backend of that name; raises MissingTool for one that is not part of this version, UsageFault for others."""
+    if name in _NOT_YET:
+        raise MissingTool(f"backend {name} is not part of this edgeq", why=f"It has {', '.join(NAMES)}.")
     if name not in _MODULES:
         raise UsageFault(f"{name!r} is not a backend", why=data.near(name, NAMES))
     return cast(Backend, importlib.import_module(_MODULES[name]))

@@ -46,16 +46,17 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """A toolchain: satisfied by a module with these functions and its provider's name."""
+    """A toolchain: satisfied by a module with these functions, its provider's name, and the packages that run it."""
 
     PROVIDER: str
+    ENGINE: tuple[str, ...]
 
     def tools(self) -> tuple[str, ...]:
         """Names and versions of what builds; raises MissingTool with the line that installs it."""
         ...
 
     def build(self, job: Job, out: Path) -> None:
-        """Write everything that the device needs into the empty folder `out`."""
+        """Write what the engine needs into the folder `out`, beside tokenizer and template."""
         ...
 
     def load(self, folder: Path, bundle: Bundle) -> Session:

@@ -18,6 +18,7 @@ from edgeq.bundle import Bundle
 from edgeq.errors import BackendFault
 
 PROVIDER = "null"
+ENGINE: tuple[str, ...] = ()
 FAVOUR = 5.0
 _FILE = "null.json"
 

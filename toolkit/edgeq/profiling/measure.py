@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeq import bundle, model, profiles
+from edgeq import backends, bundle, model, profiles
 from edgeq.accuracy import Accuracy
 from edgeq.errors import UsageFault
-from edgeq.machine import Machine
+from edgeq.machine import Machine, physical_cores
 from edgeq.profiles import Identity, Load, Memory, Profile
 from edgeq.profiling import messages, process, rows
 from edgeq.target import Target
+from edgeq.version import VERSION
 
 TIMEOUT_S = 1800.0
 _ACCURACY = ("none", "quick", "full")
@@ -79,7 +81,7 @@ def _row(
     loss: Accuracy | None,
     no_loss: str | None,
 ) -> Profile:
-    done = speed.repetitions
+    done, engine = speed.repetitions, backends.get(manifest.backend).ENGINE
     prefills, decodes = (rows.counting(done, phase, plan.repetitions) for phase in ("prefill", "decode"))
     first_token_s, first_token_from = rows.first_token(prefills, plan.prompts[0])
     valid, grade, reasons = rows.verdict([*prefills, *decodes], done, plan.repetitions)
@@ -94,6 +96,8 @@ def _row(
         backend=manifest.backend,
         provider=manifest.provider,
         target=target.name,
+        tools=(f"edgeq {VERSION}", *(f"{name} {importlib.metadata.version(name)}" for name in engine)),
+        threads=physical_cores(),
         machine=machine,
         load=Load(warm_s=speed.warm_s, cold_s=cold.seconds, reason=cold.reason),
         first_token_s=first_token_s,

@@ -85,17 +85,19 @@ def verdict(groups: Sequence[Sequence[Timed]], done: Sequence[Timed], wanted: in
     """Whether each configuration has `wanted` undisturbed repetitions, the grade, and reasons for less than A."""
     disturbed = [one.repetition for one in done if not one.repetition.valid]
     if any(len(_valid(group)) < wanted for group in groups):
-        why = f"contended: {len(disturbed)} of {len(done)} repetitions waited > 5 %, the last: {disturbed[-1].reason}"
+        why = f"contended: {len(disturbed)} of {len(done)} repetitions were disturbed, the last: {disturbed[-1].reason}"
         return False, "C", (why,)
-    events = sum(one.repetition.throttle_events or 0 for one in done)
+    events = _over(sum, (one.repetition.throttle_events for one in done))
     spreads = {_name(group[0].repetition): _tokens_per_s(group) for group in groups}
     reasons = [f"{events} throttle events"] if events else []
+    if events is None:
+        reasons.append("throttling cannot be seen on this machine")
     for name, spread in spreads.items():
-        if spread.cv is None:
-            reasons.append(f"{name} was measured once")
-        elif spread.cv > statistics.STEADY:
+        if (count := len(spread.samples)) < statistics.COMPARABLE:
+            reasons.append(f"{name}: {count} repetitions, {statistics.COMPARABLE} are needed to compare")
+        elif spread.cv is not None and spread.cv > statistics.STEADY:
             reasons.append(f"{name} varies by {spread.cv:.1%}")
-    return True, statistics.grade(list(spreads.values()), events), tuple(reasons)
+    return True, statistics.grade(list(spreads.values()), events == 0), tuple(reasons)
 
 
 def _name(one: Repetition) -> str:

@@ -7,12 +7,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from edgeq import accuracy, bundle, data, detect, profiles, sources
+from edgeq import accuracy, bundle, data, detect, profiles, sources, transformer
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import DigestMismatch, InvalidMeasurement, UsageFault
-from edgeq.machine import this_machine
+from edgeq.errors import CorruptInput, DigestMismatch, InvalidMeasurement, MissingTool, UsageFault
+from edgeq.machine import Machine, this_machine
 from edgeq.profiles import Profile
 from edgeq.profiling import measure
+from edgeq.target import Target
 
 
 def profile(
@@ -30,12 +31,13 @@ def profile(
     measuring raises. `plan.accuracy` full (or a `text`) runs the float32 reference here and needs the checkpoint.
     """
     plan = plan or measure.Plan()
+    words = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8") if text is None else _read(text)
     if text is not None:
         plan = dataclasses.replace(plan, accuracy="full")
     made = bundle.read(folder)
     bundle.verify_files(folder, made)
     machine = this_machine()
-    device = detect.resolve(target or made.target, machine)
+    device = _device(target, made.target, machine)
     if why := detect.mismatch(device, machine):
         raise InvalidMeasurement(
             f"this machine is not {device.name}",
@@ -43,11 +45,31 @@ def profile(
             run=f"edgeq profile {folder} --target host, or run edgeq profile on the device",
         )
     with tempfile.TemporaryDirectory() as scratch:
-        full = _full_reference(made, text, Path(scratch), progress) if plan.accuracy == "full" else None
+        full = _full_reference(made, words, Path(scratch), progress) if plan.accuracy == "full" else None
         row = measure.profile(folder, device, machine, plan, progress=progress, full_reference=full)
-    if save:
+    if save and row.valid:
         profiles.write(row, saved_path(row))
     return row
+
+
+def _device(target: str | None, recorded: str, machine: Machine) -> Target:
+    """Target that was asked for, else the bundle's own; a bundle for a target of one's own knows only its name."""
+    try:
+        return detect.resolve(target or recorded, machine)
+    except UsageFault as error:
+        if target is not None:
+            raise
+        run = "edgeq profile BUNDLE --target FILE, with the target's TOML file"
+        raise UsageFault(f"the bundle's target {recorded!r} is not a shipped one", why=error.why, run=run) from error
+
+
+def _read(text: Path) -> str:
+    try:
+        return text.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UsageFault(f"{text}: no such file", run="edgeq profile ... --text FILE") from error
+    except UnicodeDecodeError as error:
+        raise CorruptInput(f"{text}: not UTF-8 text", why=str(error)) from error
 
 
 def saved_path(row: Profile) -> Path:
@@ -55,16 +77,14 @@ def saved_path(row: Profile) -> Path:
     return profiles.path(row.target, row.model, row.recipe, row.backend, Path("profiles"))
 
 
-def _full_reference(
-    made: bundle.Bundle, text: Path | None, scratch: Path, progress: Callable[[str, int, int], None]
-) -> Path:
-    """Reference over more of the held-out text (or over the user's), as a file."""
+def _full_reference(made: bundle.Bundle, words: str, scratch: Path, progress: Callable[[str, int, int], None]) -> Path:
+    """Reference over much of a text, as a file."""
     from edgeq import reference
 
     name = made.source.name if made.source.kind != "hub" else f"{made.source.name}@{made.source.revision}"
     try:
         origin = sources.find(name, offline=True)
-    except UsageFault as error:
+    except (UsageFault, MissingTool) as error:
         raise UsageFault(
             f"the float32 reference needs the checkpoint {name}, which is not here",
             why=error.what,
@@ -77,7 +97,7 @@ def _full_reference(
             why="Its files have other digests than the bundle recorded.",
             run="edgeq profile ... --accuracy quick, or build again from this checkpoint",
         )
-    words = (text or data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")
+    transformer.check_memory(checkpoint.model)
     path = scratch / bundle.REFERENCE
     accuracy.save(reference.full(checkpoint, words, progress), path)
     return path

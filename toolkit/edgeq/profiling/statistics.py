@@ -10,6 +10,7 @@ from edgeq.profiles import Gaps, Spread
 
 _RESAMPLES = 2000
 STEADY = 0.02
+COMPARABLE = 5
 _GRADES = (("A", STEADY), ("B", 0.05))
 
 
@@ -39,10 +40,15 @@ def gaps(seconds: Sequence[float]) -> Gaps:
     return Gaps(p50=float(p50), p90=float(p90), p99=float(p99), max=float(max(seconds)))
 
 
-def grade(spreads: Sequence[Spread], throttle_events: int) -> str:
-    """A: every coefficient of variation <= 2 % and no throttling; B: <= 5 %; C: reported, not comparable."""
+def grade(spreads: Sequence[Spread], unthrottled: bool) -> str:
+    """A: every coefficient of variation <= 2 % and surely no throttling; B: <= 5 %; C: reported, not comparable.
+
+    Fewer than `COMPARABLE` samples of a figure are C.
+    """
+    if any(len(found.samples) < COMPARABLE for found in spreads):
+        return "C"
     cvs = [found.cv for found in spreads]
     for letter, limit in _GRADES:
-        if all(cv is not None and cv <= limit for cv in cvs) and not (letter == "A" and throttle_events):
+        if all(cv is not None and cv <= limit for cv in cvs) and (letter != "A" or unthrottled):
             return letter
     return "C"

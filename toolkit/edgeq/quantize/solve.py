@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import GateFailed, UnsupportedModel, UsageFault
+from edgeq.machine import physical_cores
 from edgeq.quantize import rtn
 from edgeq.quantize.solution import Solution
 from edgeq.recipe import Recipe
@@ -24,7 +24,7 @@ _LARGEST_ERROR = 4.0
 def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution:
     """Quantized form of one matrix of a checkpoint.
 
-    Holds the codes (one byte a weight) and about 4 million float32 weights per thread. Raises UsageFault when the
+    Holds the codes (one byte a weight) and some 30 MB per thread. Raises UsageFault when the
     recipe's group does not divide the matrix's inputs, UnsupportedModel when a scale is beyond float16, and GateFailed
     when the result is not the matrix any more: its error, root mean square over that of the weights, is above
     4 / 2**bits. (A step is 2**(1 - bits) of a group's largest weight and the error a step / sqrt(12), so 4 leaves room
@@ -55,7 +55,7 @@ def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution:
         made = Solution(name, bits, recipe.group, codes[rows], scales[rows], zero_points[rows]).dequantize()
         return float(np.square(weights - made).sum()), float(np.square(weights).sum())
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(physical_cores()) as pool:
         errors = list(pool.map(piece, range(0, outputs, step)))
     lost, total = (math.fsum(each) for each in zip(*errors, strict=True))
     if not lost <= (_LARGEST_ERROR / 2**bits) ** 2 * total:

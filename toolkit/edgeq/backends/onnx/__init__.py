@@ -10,7 +10,8 @@ from edgeq.bundle import Bundle
 from edgeq.errors import MissingTool
 
 PROVIDER = "cpu"
-_BUILD_TOOLS = ("onnxruntime", "onnxruntime-genai", "onnx-ir", "transformers", "torch")
+ENGINE = ("onnxruntime",)
+_BUILD_TOOLS = (*ENGINE, "onnxruntime-genai", "onnx-ir", "transformers", "torch", "numpy", "ml-dtypes")
 
 
 def tools() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""A bundle on ONNX Runtime: past and present states share one buffer each, bound once."""
+"""A bundle on ONNX Runtime: past and present states share one buffer each, bound once for a text."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgeq.backends.onnx.weights import MODEL, SCORER
 from edgeq.bundle import Bundle
-from edgeq.errors import BackendFault, UsageFault
+from edgeq.errors import BackendFault, MissingTool, UsageFault
 from edgeq.machine import physical_cores
 from edgeq.model import read_config
 
@@ -57,7 +57,7 @@ class OnnxSession:
 
     def close(self) -> None:
         """Release the engine and its buffers."""
-        self._states: dict[str, Any] = {}
+        self._binding: Any = None
         self._engine: Any = None
         self._graph = ""
 
@@ -66,8 +66,10 @@ class OnnxSession:
             return
         self.close()
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-        import onnxruntime as ort
-
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise MissingTool("onnxruntime cannot be imported", why=str(error), run="pip install edgeq") from error
         options = ort.SessionOptions()
         options.intra_op_num_threads = physical_cores()
         options.inter_op_num_threads = 1
@@ -92,25 +94,28 @@ class OnnxSession:
             )
         sizes = {"batch_size": 1, "past_sequence_length": capacity, "kv_cache_dim": self._head_dim}
         self._length = 0
-        self._states = {}
+        self._binding = self._engine.io_binding()
         for name, shape in self._inputs.items():
             if name.startswith("past"):
                 zeros = np.zeros([sizes.get(size, size) for size in shape], np.float32)
-                self._states[name] = ort.OrtValue.ortvalue_from_numpy(zeros)
+                state = ort.OrtValue.ortvalue_from_numpy(zeros)
+                self._binding.bind_ortvalue_input(name, state)
+                self._binding.bind_ortvalue_output(
+                    name.replace("past_key_values", "present").replace("past", "present"), state
+                )
 
     def _step(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Run some tokens after those already seen; logits [1 or len(ids), vocabulary]."""
-        binding = self._engine.io_binding()
-        total = self._length + len(ids)
+        binding, total = self._binding, self._length + len(ids)
         binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
         binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
         if "position_ids" in self._inputs:
             positions = np.arange(self._length, total, dtype=np.int64)
             binding.bind_cpu_input("position_ids", np.broadcast_to(positions, (3, 1, len(ids))).copy())
         binding.bind_output("logits", "cpu")
-        for name, state in self._states.items():
-            binding.bind_ortvalue_input(name, state)
-            binding.bind_ortvalue_output(name.replace("past_key_values", "present").replace("past", "present"), state)
-        self._engine.run_with_iobinding(binding)
+        try:
+            self._engine.run_with_iobinding(binding)
+        except Exception as error:
+            raise BackendFault(f"{self._folder / self._graph}: ONNX Runtime failed", why=str(error)) from error
         self._length = total
-        return np.asarray(binding.get_outputs()[0].numpy()[0])
+        return np.asarray(binding.get_outputs()[-1].numpy()[0])

@@ -1,0 +1,155 @@
+"""What a build will do, decided before it does it: from names and shapes alone, without weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeq import accuracy, backends, catalog, detect, recipe, size, sources
+from edgeq.errors import MissingTool, NothingFits, UsageFault
+from edgeq.machine import this_machine
+from edgeq.model import Model
+from edgeq.recipe import Recipe
+from edgeq.target import Target
+
+CONTEXT = 4096
+SHORTEST_CONTEXT = 2 * accuracy.PROMPT + accuracy.CONTINUATION
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One build: `model` as it was named, `shape` what that is.
+
+    `bytes` of weights and `bits_per_weight` are predictions, `context` counts tokens, `max_loss` is in nats per token,
+    `max_size` in bytes; `notes` are for people.
+    """
+
+    model: str
+    offline: bool
+    name: str
+    shape: Model
+    target: Target
+    recipe: Recipe
+    backend: str
+    context: int
+    out: Path
+    max_loss: float
+    max_size: int | None
+    bytes: int
+    bits_per_weight: float
+    notes: tuple[str, ...]
+
+
+def plan(
+    model: str,
+    *,
+    target: str,
+    recipe_name: str = "auto",
+    backend: str = "auto",
+    context: int | None = None,
+    out: Path | None = None,
+    max_size: int | None = None,
+    max_loss: float | None = None,
+    offline: bool = False,
+) -> Plan:
+    """Decide everything that `building.build` needs; of a model on a hub only its configuration is fetched.
+
+    Raises UsageFault for unknown words, MissingTool when no backend of the target can build here, NothingFits when no
+    recipe is predicted to stay within `max_size` bytes, and what opening a folder raises.
+    """
+    device = detect.resolve(target)
+    chosen, notes = _backend(device, backend)
+    name, shape = sources.shape(model, offline=offline)
+    wanted = _recipe(shape, device, recipe_name, max_size)
+    return Plan(
+        model=model,
+        offline=offline,
+        name=name,
+        shape=shape,
+        target=device,
+        recipe=wanted,
+        backend=chosen,
+        context=_context(shape, context),
+        out=out or Path("bundles", device.name, f"{name}.{wanted}.{chosen}"),
+        max_loss=wanted.max_loss if max_loss is None else _max_loss(max_loss),
+        max_size=max_size,
+        bytes=size.weight_bytes(shape, wanted),
+        bits_per_weight=size.bits_per_weight(shape, wanted),
+        notes=(*notes, *_notes(model, shape, device)),
+    )
+
+
+def _backend(target: Target, name: str) -> tuple[str, tuple[str, ...]]:
+    """Backend to use, and what to tell people about the choice."""
+    notes = []
+    if name == "auto":
+        states = detect.usable_backends(target)
+        able = [state.name for state in states if state.builds]
+        if not able:
+            raise MissingTool(
+                f"no backend of {target.name} can build here",
+                why="; ".join(f"{state.name}: {state.reason}" for state in states),
+                run="edgeq doctor",
+            )
+        name = able[0]
+        notes.append(f"backend {name}: the first of {target.name}'s that is installed here")
+        better = states[: [state.name for state in states].index(name)]
+        notes += [f"backend {state.name} would suit the device better: {state.reason}" for state in better]
+    engine = backends.get(name)
+    engine.tools()
+    if target.api != "cpu" and engine.PROVIDER == "cpu":
+        notes.append(f"no GPU backend is installed: this bundle runs on the {target.cpu.arch} CPU of {target.title}")
+    return name, tuple(notes)
+
+
+def _recipe(shape: Model, target: Target, name: str, max_size: int | None) -> Recipe:
+    """Recipe by name, or the target's best whose predicted size is within `max_size` bytes."""
+    if name == "auto":
+        candidates = [each for each in map(recipe.parse, target.recipes) if size.divides(shape, each)]
+    else:
+        candidates = [recipe.parse(name)]
+        size.check_groups(shape, candidates[0])
+    if max_size is None:
+        return candidates[0]
+    sizes = {each: size.weight_bytes(shape, each) for each in candidates}
+    fitting = [each for each in candidates if sizes[each] <= max_size]
+    if not fitting:
+        smallest = min(sizes, key=lambda each: sizes[each])
+        raise NothingFits(
+            f"no recipe fits {max_size / 1e6:.1f} MB",
+            why=f"The smallest, {smallest}, needs {sizes[smallest] / 1e6:.1f} MB.",
+            run=f"edgeq build ... --max-size {sizes[smallest] / 1e6 + 1:.0f}MB",
+        )
+    return fitting[0]
+
+
+def _max_loss(wanted: float) -> float:
+    if not 0 < wanted < math.inf:
+        raise UsageFault(f"--max-loss {wanted} is not possible", why="It is a KL divergence in nats, above 0.")
+    return wanted
+
+
+def _context(shape: Model, wanted: int | None) -> int:
+    context = min(CONTEXT, shape.context) if wanted is None else wanted
+    if not SHORTEST_CONTEXT <= context <= shape.context:
+        raise UsageFault(
+            f"--context {context} is not possible",
+            why=f"The gate needs {SHORTEST_CONTEXT} tokens, the checkpoint has {shape.context} tokens at most.",
+            run=f"edgeq build ... --context {min(CONTEXT, shape.context)}",
+        )
+    return context
+
+
+def _notes(model: str, shape: Model, target: Target) -> list[str]:
+    """What people should know that the result does not show."""
+    notes = []
+    if model.lower() in catalog.names() and Path(model).is_dir():
+        notes.append(f"{model} is taken as the folder of that name here, not as the catalogue's model")
+    if shape.has_vision:
+        notes.append("the vision tower is left out: this edgeq builds the text model")
+    if shape.has_mtp:
+        notes.append("the multi-token-prediction head is left out")
+    if why := detect.mismatch(target, this_machine()):
+        notes.append(f"the gate runs the same graph on this machine's CPU, which is not {target.name}: {why}")
+    return notes
