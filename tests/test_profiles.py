@@ -6,9 +6,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from edgeq import data, profiles
+from edgeq import profiles
 from edgeq.errors import CorruptInput
 
+_SHIPPED = Path(__file__).parents[1] / "profiles"
 _SPREAD = {"median": 35.1, "low": 34.8, "high": 35.5, "cv": 0.01, "samples": [34.8, 35.1, 35.5]}
 _PHASE = {"rss_bytes": 3 << 20, "anonymous_bytes": 1 << 20, "file_bytes": 2 << 20}
 _DOCUMENT: dict[str, Any] = {
@@ -109,13 +110,18 @@ def test_read_is_strict(tmp_path: Path, document: dict[str, Any]) -> None:
         profiles.read(file)
 
 
-def test_path_names_the_combination() -> None:
-    found = profiles.path("pi-5", "qwen3-0.6b", "w4g32-e8-rtn", "onnx")
-    assert found == data.folder("profiles") / "pi-5" / "qwen3-0.6b.w4g32-e8-rtn.onnx.json"
+@pytest.mark.parametrize("shipped", [None, *sorted(_SHIPPED.rglob("*.json"))], ids=str)
+def test_a_profile_lies_where_its_fields_say(shipped: Path | None, tmp_path: Path) -> None:
+    root, file = _SHIPPED, shipped
+    if file is None:
+        root, file = tmp_path, tmp_path / "a-board" / "qwen3-0.6b.w4g32-e8-rtn.null.json"
+        profiles.write(_profile(), file)
+    row = profiles.read(file)
+    assert profiles.path(row.target, row.model, row.recipe, row.backend, root) == file
 
 
 @pytest.mark.parametrize("model", ["../../etc/passwd", "Qwen/Qwen3-0.6B", "/tmp/model", "..", "a\\b"])
 def test_path_stays_below_its_target(tmp_path: Path, model: str) -> None:
-    found = profiles.path("..", model, "r", "b", root=tmp_path)
+    found = profiles.path("..", model, "r", "b", tmp_path)
     assert found.parent == tmp_path / "unnamed"
     assert found.resolve() == found

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -9,7 +10,8 @@ import pytest
 
 from edgeq import bundle
 from edgeq.errors import UsageFault
-from edgeq.profiling import child, messages
+from edgeq.profiles import Energy
+from edgeq.profiling import child, energy, messages
 from edgeq.profiling.repetitions import Configuration
 
 
@@ -52,6 +54,30 @@ def test_an_error_of_edgeq_keeps_its_class(tmp_path: Path) -> None:
 def test_a_cold_load_has_a_time_or_a_reason(null_bundle: Path) -> None:
     found = child.cold(null_bundle)
     assert (found.seconds is None) == (found.reason is not None)
+
+
+def _energy_of_a_short_prompt(folder: Path, monkeypatch: pytest.MonkeyPatch, sensor: energy.Sensor) -> Energy:
+    monkeypatch.setattr(energy, "find", lambda: (sensor, None))
+    job = messages.SpeedJob(folder=str(folder), prompts=(8,), tokens=4, depths=(0,), repetitions=1)
+    return child.speed(job, lambda message: None).energy
+
+
+def test_prompts_are_repeated_until_an_energy_counter_can_tell(
+    null_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = energy.Sensor("counter", "all", lambda: (10 * time.perf_counter(),), (1e9,))
+    found = _energy_of_a_short_prompt(null_bundle, monkeypatch, counter)
+    assert 0 < (found.prefill_j_per_token or 0) < 10 * 0.2 / 8
+    assert (found.reason or "").startswith("decode: ")
+
+
+def test_energy_of_a_prompt_is_not_guessed_from_power_around_it(
+    null_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rail = energy.Sensor("rail", "all", lambda: (time.perf_counter(),), ())
+    found = _energy_of_a_short_prompt(null_bundle, monkeypatch, rail)
+    assert found.prefill_j_per_token is None
+    assert "prefill: power can be read only before and after a prompt" in (found.reason or "")
 
 
 def test_configurations_are_each_prompt_and_each_depth() -> None:

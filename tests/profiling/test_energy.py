@@ -49,6 +49,11 @@ def test_fewer_than_100_updates_say_nothing() -> None:
     assert _meter([(5.0,)] * 500, (), 0.01).per_token(1) == (None, "0 sensor updates, 100 needed")
 
 
+def test_updates_of_a_counter_add_up_over_ticks_shorter_than_one() -> None:
+    values = [(0.1 * tick,) for tick in range(1001)]
+    assert _meter(values, (1e9,), 0.0005).per_token(10)[0] == pytest.approx(10.0)
+
+
 def test_a_stuck_counter_says_nothing() -> None:
     assert _meter([(5.0,)] * 3, (100.0,), 1.0).per_token(1) == (None, "the sensor counted nothing")
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -15,9 +16,10 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from edgeq import bundle, data, profiles
 from edgeq.errors import UsageFault
-from edgeq.machine import Machine
+from edgeq.machine import Machine, physical_cores
 from edgeq.profiling.measure import Plan, profile
 from edgeq.target import Target
+from edgeq.version import VERSION
 
 _PLAN = Plan(prompts=(8, 24), tokens=6, depths=(0, 16), repetitions=2)
 _PROMISED: dict[str, Any] = {
@@ -29,6 +31,8 @@ _PROMISED: dict[str, Any] = {
     "backend": {},
     "provider": {},
     "target": {},
+    "tools": {},
+    "threads": {},
     "machine": {"cpu_model", "arch", "isa", "memory_bytes"},
     "load": {"warm_s", "cold_s"},
     "first_token_s": {"median", "low", "high", "cv", "samples"},
@@ -80,6 +84,7 @@ def test_a_row_of_the_null_backend(null_bundle: Path, target: Target, machine: M
     assert document["accuracy"]["kl_max"] < 1e-9
     assert document["accuracy"]["tokens"] == 4 * 23
     assert document["first_token_from"] == "ids"
+    assert (row.tools, row.threads) == ((f"edgeq {VERSION}",), physical_cores())
     assert "prefill is measured at depth 0 only" in document["reasons"]
     profiles.write(row, tmp_path / "row.json")
     assert profiles.read(tmp_path / "row.json") == row
@@ -129,6 +134,7 @@ def test_kv_cache_of_the_onnx_backend_is_predicted(
     (null_bundle / bundle.MANIFEST).write_bytes(msgspec.json.encode(bundle.seal(manifest)))
     row = profile(null_bundle, target, machine, Plan((8,), 4, (0,), 1, "none"), progress=_silent)
     assert row.memory.kv_cache_bytes_per_token == 2 * 28 * 8 * 128 * 4
+    assert row.tools == (f"edgeq {VERSION}", f"onnxruntime {importlib.metadata.version('onnxruntime')}")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,12 @@ def test_too_few_undisturbed_are_reported_all_and_not_valid() -> None:
     assert reasons == ("contended: 2 of 11 repetitions were disturbed, the last: 40% waited for a core",)
 
 
+@pytest.mark.parametrize("cause", ["30% stolen", "20% throttled by a CPU quota", "the machine slept for 30.0 s"])
+def test_too_few_undisturbed_name_what_disturbed(cause: str) -> None:
+    (reason,) = _verdict([_timed("prefill", 1.0), _timed("prefill", 1.0, reason=cause)], 2)[2]
+    assert reason == f"contended: 1 of 2 repetitions were disturbed, the last: {cause}"
+
+
 def test_configurations_are_ordered_by_depth() -> None:
     done = [_timed("decode", 1.0, depth=64), _timed("decode", 1.0)]
     assert [row.depth for row in rows.decode(rows.counting(done, "decode", 1))] == [0, 64]
@@ -59,12 +65,12 @@ def test_a_varying_figure_is_named() -> None:
 def test_few_repetitions_are_valid_but_not_comparable() -> None:
     valid, grade, reasons = _verdict([_timed("prefill", 1.0)] * 2, 2)
     assert (valid, grade) == (True, "C")
-    assert reasons == ("prefill of 100: 2 repetitions, 5 are needed to compare",)
+    assert reasons == ("prefill of 100: 2 repetitions; 5 are needed to compare",)
 
 
 def test_throttling_that_cannot_be_seen_costs_the_best_grade_too() -> None:
     blind = [_timed("prefill", 1.0, events=None)] * 5
-    assert _verdict(blind) == (True, "B", ("throttling cannot be seen on this machine",))
+    assert _verdict(blind) == (True, "B", ("throttling cannot be seen here",))
 
 
 def test_first_token_says_whether_it_starts_from_text() -> None:

@@ -174,10 +174,10 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     reasons: tuple[str, ...]
 
 
-def path(target: str, model: str, recipe: str, backend: str, root: Path | None = None) -> Path:
-    """Where the profile of this combination belongs, below `root` or the shipped profiles."""
+def path(target: str, model: str, recipe: str, backend: str, root: Path) -> Path:
+    """Where the profile of this combination belongs below `root`."""
     target, model, recipe, backend = (_file_name(word) for word in (target, model, recipe, backend))
-    return (root or data.folder("profiles")) / target / f"{model}.{recipe}.{backend}.json"
+    return root / target / f"{model}.{recipe}.{backend}.json"
 
 
 def _file_name(word: str) -> str:

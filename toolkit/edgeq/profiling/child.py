@@ -24,6 +24,7 @@ from edgeq.profiling.repetitions import Configuration, Stopwatch
 
 _TOKENIZER = "tokenizer.json"
 _ENERGY_SEED = 1 << 21
+_ENERGY_S = 10.0
 
 Say = Callable[[messages.Answer | messages.Progress], None]
 
@@ -139,16 +140,14 @@ def _progress(label: str, done: int, total: int) -> messages.Progress:
 
 
 def _energy(watch: Stopwatch, prompt: int, tokens: int) -> Energy:
-    """Joules per token of one prompt and its continuation, in a pass of its own: reading sensors takes time."""
+    """Joules per token of prompts and of one continuation, in a pass of its own: reading sensors takes time."""
     sensor, reason = energy.find()
     prefill = decode = None
     if sensor is not None:
         try:
+            prefill, no_prefill = _prefill_energy(sensor, watch, prompt)
             ids = repetitions.prompt_ids(watch.vocab, prompt, _ENERGY_SEED)
-            meter = energy.Meter(sensor)
             stream = watch.prefill(ids, tokens)[0]
-            meter.tick()
-            prefill, no_prefill = meter.per_token(prompt)
             meter = energy.Meter(sensor)
             watch.decode(stream, tokens, meter.tick)
             decode, no_decode = meter.per_token(tokens - 1)
@@ -163,6 +162,19 @@ def _energy(watch: Stopwatch, prompt: int, tokens: int) -> Energy:
         scope=sensor.scope if sensor else None,
         reason=reason,
     )
+
+
+def _prefill_energy(sensor: energy.Sensor, watch: Stopwatch, prompt: int) -> tuple[float | None, str | None]:
+    """Joules per token of prompts that follow each other until the counter suffices or 10 s are over."""
+    if not sensor.wraps_j:
+        return None, "power can be read only before and after a prompt"
+    count, deadline = 0, time.perf_counter() + _ENERGY_S
+    meter = energy.Meter(sensor)
+    while not meter.suffices and time.perf_counter() < deadline:
+        count += 1
+        watch.prefill(repetitions.prompt_ids(watch.vocab, prompt, _ENERGY_SEED + count), 1)
+        meter.tick()
+    return meter.per_token(count * prompt)
 
 
 def _with_tokenization(done: Sequence[Timed], path: Path, vocab: int) -> tuple[Timed, ...]:

@@ -29,7 +29,7 @@ class Meter:
     def __init__(self, sensor: Sensor, clock: Callable[[], float] = time.perf_counter) -> None:
         self._sensor, self._clock = sensor, clock
         self._at, self._values = clock(), sensor.read()
-        self._joules, self._updates = 0.0, 0
+        self._joules, self._updates = 0.0, 0.0
 
     def tick(self) -> None:
         """Add what was used since the last tick."""
@@ -37,16 +37,21 @@ class Meter:
         if self._sensor.wraps_j:
             for before, value, wrap in zip(self._values, values, self._sensor.wraps_j, strict=True):
                 self._joules += value - before if value >= before else value - before + wrap
-            self._updates += int((at - self._at) / _RAPL_UPDATE_S)
+            self._updates += (at - self._at) / _RAPL_UPDATE_S
         else:
             self._joules += (at - self._at) * (sum(values) + sum(self._values)) / 2
             self._updates += values != self._values
         self._at, self._values = at, values
 
+    @property
+    def suffices(self) -> bool:
+        """Whether the sensor was updated often enough for a figure."""
+        return self._updates >= _LEAST_UPDATES
+
     def per_token(self, tokens: int) -> tuple[float | None, str | None]:
         """Joules per token, or the reason why the sensor's updates do not suffice to say."""
-        if self._updates < _LEAST_UPDATES:
-            return None, f"{self._updates} sensor updates, {_LEAST_UPDATES} needed"
+        if not self.suffices:
+            return None, f"{int(self._updates)} sensor updates, {_LEAST_UPDATES} needed"
         if self._joules <= 0:
             return None, "the sensor counted nothing"
         return self._joules / tokens, None

@@ -91,10 +91,10 @@ def verdict(groups: Sequence[Sequence[Timed]], done: Sequence[Timed], wanted: in
     spreads = {_name(group[0].repetition): _tokens_per_s(group) for group in groups}
     reasons = [f"{events} throttle events"] if events else []
     if events is None:
-        reasons.append("throttling cannot be seen on this machine")
+        reasons.append("throttling cannot be seen here")
     for name, spread in spreads.items():
         if (count := len(spread.samples)) < statistics.COMPARABLE:
-            reasons.append(f"{name}: {count} repetitions, {statistics.COMPARABLE} are needed to compare")
+            reasons.append(f"{name}: {count} repetitions; {statistics.COMPARABLE} are needed to compare")
         elif spread.cv is not None and spread.cv > statistics.STEADY:
             reasons.append(f"{name} varies by {spread.cv:.1%}")
     return True, statistics.grade(list(spreads.values()), events == 0), tuple(reasons)

@@ -25,7 +25,7 @@ def profile(
     text: Path | None = None,
     save: bool = False,
 ) -> Profile:
-    """Row of a bundle on this machine; `target` is the bundle's own when None.
+    """Row of a bundle on this machine; `target` is the bundle's own when None. `save` keeps a valid row only.
 
     Raises DigestMismatch when the bundle changed, InvalidMeasurement when this machine is not the target, and what
     measuring raises. `plan.accuracy` full (or a `text`) runs the float32 reference here and needs the checkpoint.
@@ -59,15 +59,15 @@ def _device(target: str | None, recorded: str, machine: Machine) -> Target:
     except UsageFault as error:
         if target is not None:
             raise
-        run = "edgeq profile BUNDLE --target FILE, with the target's TOML file"
+        run = "give its file with --target FILE"
         raise UsageFault(f"the bundle's target {recorded!r} is not a shipped one", why=error.why, run=run) from error
 
 
 def _read(text: Path) -> str:
     try:
         return text.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UsageFault(f"{text}: no such file", run="edgeq profile ... --text FILE") from error
+    except OSError as error:
+        raise UsageFault(f"{text}: {error.strerror}", run="edgeq profile ... --text FILE") from error
     except UnicodeDecodeError as error:
         raise CorruptInput(f"{text}: not UTF-8 text", why=str(error)) from error
 

@@ -28,10 +28,10 @@ def spread(samples: Sequence[float]) -> Spread:
     )
 
 
-def settled(samples: Sequence[float], tolerance: float = STEADY) -> bool:
-    """Whether the 95 % interval lies within `tolerance` of the median on both sides."""
+def settled(samples: Sequence[float]) -> bool:
+    """Whether the 95 % interval lies within 2 % of the median on both sides."""
     found = spread(samples)
-    return max(found.high - found.median, found.median - found.low) <= tolerance * found.median
+    return max(found.high - found.median, found.median - found.low) <= STEADY * found.median
 
 
 def gaps(seconds: Sequence[float]) -> Gaps:
