@@ -28,7 +28,7 @@ def check_memory(model: Model) -> None:
         raise OutOfMemory(
             f"the float32 reference needs about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free",
             why="It takes 4 bytes for each of the checkpoint's weights.",
-            run="close other programs, or use a machine with more memory: a bundle runs, and measures itself, without torch",
+            run="close other programs, or use a machine with more memory; a bundle itself runs without torch",
         )
 
 
