@@ -195,3 +195,16 @@ def test_too_little_memory_is_said_with_the_prediction_before_any_work(
         building.build(plan(tiny("3"), tmp_path / "out"), lambda phase, *_: steps.append(phase))
     assert caught.value.exit_code == 21
     assert steps == []
+
+
+@pytest.mark.usefixtures("any_engine")
+def test_a_users_file_in_an_older_bundles_folder_is_never_deleted(tiny: Build, tmp_path: Path) -> None:
+    work = plan(tiny("3"), tmp_path / "out", max_loss=100.0)
+    building.build(work, quiet)
+    note = work.out / "notes.txt"
+    note.write_text("mine")
+    with pytest.raises(UsageFault, match=r"notes\.txt is not part of the bundle there"):
+        building.build(work, quiet)
+    assert note.read_text() == "mine"
+    note.unlink()
+    building.build(work, quiet)

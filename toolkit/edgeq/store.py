@@ -11,8 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from edgeq import bundle
 from edgeq.bundle import MANIFEST
-from edgeq.errors import Busy, DiskFault, UsageFault
+from edgeq.errors import Busy, DiskFault, EdgeqError, UsageFault
 
 _RESERVE = 64 << 20
 _TRIES = 100
@@ -23,8 +24,9 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
     """Empty folder that becomes `out` when the block ends well, and is removed, new parents too, when it does not.
 
-    An older bundle at `out` is replaced; anything else there is refused with UsageFault. Raises DiskFault when
-    `needed_bytes` do not fit, and OSError (see `errors.from_system`) when the disk fills or the place is read-only.
+    An older bundle at `out` is replaced; anything else there, or beside its files, is refused with UsageFault. Raises
+    DiskFault when `needed_bytes` do not fit, and OSError (see `errors.from_system`) when the disk fills or the place is
+    read-only.
     """
     out = out.resolve()
     _refuse_foreign(out)
@@ -51,6 +53,22 @@ def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
 def _refuse_foreign(out: Path) -> None:
     if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise UsageFault(f"{out} exists and is not a bundle", why="edgeq never overwrites it.", run="choose another -o")
+    if (out / MANIFEST).is_file() and (strange := _strangers(out)):
+        raise UsageFault(
+            f"{out / strange[0]} is not part of the bundle there",
+            why="Replacing the bundle would delete it.",
+            run="move the file elsewhere, or choose another -o",
+        )
+
+
+def _strangers(out: Path) -> list[str]:
+    """Files in an older bundle's folder that its manifest does not name; none where it cannot be read."""
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_symlink() or not path.is_dir()}
+    try:
+        recorded = {file.path for file in bundle.read(out).files}
+    except EdgeqError:
+        return []
+    return sorted(present - recorded - {MANIFEST})
 
 
 def _commit(folder: Path, out: Path) -> None:
