@@ -72,7 +72,7 @@ def build(
     backend: Annotated[str, typer.Option(help="onnx or null; auto: the target's first that is installed.")] = "auto",
     context: Annotated[str | None, typer.Option("--context", "-c", help="Tokens of context, such as 4k.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the bundle.")] = None,
-    max_size: Annotated[str | None, typer.Option(help="Largest weights, such as 450MB.")] = None,
+    max_size: Annotated[str | None, typer.Option(help="Largest bundle, such as 450MB.")] = None,
     max_loss: Annotated[float | None, typer.Option(help="Largest KL divergence, nats per token.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built.")] = False,
     offline: Offline = False,

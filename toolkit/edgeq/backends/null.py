@@ -54,7 +54,7 @@ def tools() -> tuple[str, ...]:
 
 
 def build(job: Job, out: Path) -> None:
-    """Write the vocabulary's size and the tokenizer."""
+    """Write the vocabulary's size."""
     (out / _FILE).write_bytes(msgspec.json.encode(_Vocabulary(job.checkpoint.model.vocab)))
     job.progress("null", 1, 1)
 
