@@ -27,8 +27,8 @@ _GENAI_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3
 def skeleton(job: Job, out: Path) -> Any:
     """Graph (onnx_ir.Model) whose large initializers have shape but no data; writes genai_config.json into `out`.
 
-    Its logits are those of the last token: in a prompt the output layer is a quarter of Qwen3-0.6B's arithmetic, a third
-    of Qwen3.5-0.8B's.
+    Its logits are those of the last token: in a prompt the output layer is a quarter of Qwen3-0.6B's arithmetic, and a
+    third of Qwen3.5-0.8B's.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnx_ir as ir
