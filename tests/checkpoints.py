@@ -43,7 +43,8 @@ def write(
 ) -> Path:
     """Write a checkpoint of generation "2.5", "3" or "3.5" into `folder` (made when absent), and return it.
 
-    Hidden 64, ffn 128, 2 layers (3.5: three linear and one full), vocabulary 288 of which the tokenizer knows 259.
+    Hidden 64, ffn 128, 2 layers (3.5: three linear and one full), vocabulary 288 of which the tokenizer knows 260
+    (bytes, specials, and one merge, of two zero bytes).
     Same arguments, same bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,8 +212,8 @@ def _write_tokenizer(folder: Path) -> None:
             "end_of_word_suffix": "",
             "fuse_unk": False,
             "byte_fallback": False,
-            "vocab": {letter: number for number, letter in enumerate(letters)},
-            "merges": [],
+            "vocab": {word: number for number, word in enumerate([*letters, *SPECIALS, "ĀĀ"])},
+            "merges": [["Ā", "Ā"]],
         },
     }
     write_json(folder / "tokenizer.json", tokenizer)

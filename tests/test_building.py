@@ -10,7 +10,6 @@ import pytest
 import checkpoints
 from checkpoints import Build, quiet
 from edgeq import building, bundle, planning
-from edgeq.backends import null
 from edgeq.errors import CorruptInput, GateFailed, MissingTool, NothingFits, OutOfMemory, UnsafeInput, UsageFault
 
 
@@ -102,11 +101,18 @@ def test_the_vision_tower_is_left_out_and_the_plan_says_so(tiny: Build, tmp_path
     assert any("vision tower is left out" in note for note in work.notes)
 
 
-def test_a_gpu_target_without_its_backends_gets_the_cpu_bundle_and_is_told(tiny: Build, tmp_path: Path) -> None:
+def absent(_: object) -> tuple[str, ...]:
+    raise MissingTool("no engine", run="pip install engine")
+
+
+def test_a_gpu_target_without_its_backends_gets_the_cpu_bundle_and_is_told(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeq.backends.llamacpp.tools", absent)
     work = plan(tiny("3"), tmp_path / "out", target="jetson", backend="auto", recipe_name="auto")
     assert (work.backend, work.target.name) == ("onnx", "jetson-orin-nano-super-8gb")
     assert str(work.recipe) == work.target.recipes[0]
-    assert any("no GPU backend is installed" in note for note in work.notes)
+    assert any("uses no GPU there" in note for note in work.notes)
     assert any("the gate runs the same graph on this machine's CPU" in note for note in work.notes)
 
 
@@ -145,7 +151,7 @@ def test_a_largest_loss_that_is_no_limit_is_refused(tiny: Build, tmp_path: Path,
 
 def test_a_gpu_target_says_so_when_the_cpu_backend_was_asked_for_too(tiny: Build, tmp_path: Path) -> None:
     work = plan(tiny("3"), tmp_path / "out", target="jetson", backend="onnx")
-    assert any("no GPU backend is installed" in note for note in work.notes)
+    assert any("uses no GPU there" in note for note in work.notes)
 
 
 def test_a_bundle_larger_than_the_largest_size_is_not_kept(tiny: Build, tmp_path: Path) -> None:
@@ -161,10 +167,8 @@ def test_a_group_that_does_not_divide_a_matrix_leaves_nothing(tiny: Build, tmp_p
 
 
 def test_a_target_with_no_usable_backend_names_each_reason(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent() -> tuple[str, ...]:
-        raise MissingTool("no engine", run="pip install engine")
-
-    monkeypatch.setattr("edgeq.backends.onnx.tools", absent)
+    for engine in ("onnx", "llamacpp"):
+        monkeypatch.setattr(f"edgeq.backends.{engine}.tools", absent)
     with pytest.raises(MissingTool, match="no backend") as caught:
         planning.plan(str(tiny("3")), target="x86-avx2")
     assert "pip install engine" in caught.value.why
@@ -182,7 +186,7 @@ def test_the_document_has_every_promised_key(tiny: Build, tmp_path: Path) -> Non
     assert document["gate"].keys() >= {
         *("passed", "kl_mean", "top1_agreement", "perplexity_reference", "perplexity", "reason"),
     }
-    assert document["provider"] == null.PROVIDER
+    assert document["provider"] == "null"
     assert np.isfinite(document["gate"]["kl_mean"])
 
 

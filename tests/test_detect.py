@@ -117,10 +117,10 @@ def test_each_difference_is_named(tmp_path: Path, change: dict[str, object], rea
 
 
 def test_backends_say_what_they_use_or_what_they_miss(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> tuple[str, ...]:
+    def missing(_: object) -> tuple[str, ...]:
         raise MissingTool("llama-cpp-python is not installed", run="pip install llama-cpp-python")
 
-    modules = {"onnx": lambda: ("onnxruntime 1.32.0",), "llamacpp": missing}
+    modules = {"onnx": lambda _: ("onnxruntime 1.32.0",), "llamacpp": missing}
     monkeypatch.setattr(backends, "NAMES", tuple(modules))
     engines = {"onnx": ("onnxruntime",), "llamacpp": ("a-package-that-nobody-has",)}
     monkeypatch.setattr(backends, "get", lambda name: SimpleNamespace(tools=modules[name], ENGINE=engines[name]))
@@ -132,7 +132,7 @@ def test_backends_say_what_they_use_or_what_they_miss(monkeypatch: pytest.Monkey
 
 
 def test_a_device_without_the_build_tools_still_runs_bundles(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> tuple[str, ...]:
+    def missing(_: object) -> tuple[str, ...]:
         raise MissingTool("the onnx backend needs torch", run="pip install 'edgeq[build]'")
 
     monkeypatch.setattr("edgeq.backends.onnx.tools", missing)

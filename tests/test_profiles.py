@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from edgeq import profiles
-from edgeq.errors import CorruptInput
+from edgeq.errors import CorruptInput, MissingTool
 
 _SHIPPED = Path(__file__).parents[1] / "profiles"
 _SPREAD = {"median": 35.1, "low": 34.8, "high": 35.5, "cv": 0.01, "samples": [34.8, 35.1, 35.5]}
@@ -23,6 +23,7 @@ _DOCUMENT: dict[str, Any] = {
     "target": "a-board",
     "tools": ["edgeq 0.1.0"],
     "threads": 4,
+    "placement": [{"provider": "cpu", "device": "CPU", "layers": 25, "bytes": None, "software": False}],
     "machine": {
         "cpu_model": "a processor",
         "arch": "aarch64",
@@ -83,6 +84,29 @@ _DOCUMENT: dict[str, Any] = {
 
 def _profile(**changes: object) -> profiles.Profile:
     return msgspec.convert(_DOCUMENT | changes, profiles.Profile)
+
+
+def _placed(*places: tuple[str, str, int, bool]) -> list[profiles.Placement]:
+    return [
+        profiles.Placement(provider=provider, device=device, layers=layers, bytes=None, software=software)
+        for provider, device, layers, software in places
+    ]
+
+
+def test_the_provider_is_the_api_of_most_layers() -> None:
+    assert profiles.provider(_placed(("cpu", "CPU", 1, False), ("cuda", "Orin", 28, False))) == "cuda"
+    assert profiles.provider(_placed(("cpu", "CPU", 20, False), ("cuda", "Orin", 9, False))) == "cpu"
+
+
+def test_an_imitated_gpu_is_called_by_its_name() -> None:
+    assert profiles.provider(_placed(("vulkan", "llvmpipe (LLVM 15, 256 bits)", 28, True))) == "vulkan (llvmpipe)"
+
+
+def test_a_required_accelerator_must_run_every_layer() -> None:
+    profiles.require_accelerator(_placed(("cpu", "CPU", 0, False), ("cuda", "Orin", 29, False)))
+    with pytest.raises(MissingTool, match="1 of 29 layers run on the CPU") as caught:
+        profiles.require_accelerator(_placed(("cpu", "CPU", 1, False), ("cuda", "Orin", 28, False)))
+    assert caught.value.exit_code == 5
 
 
 def test_document_keeps_every_key_and_survives_a_round_trip(tmp_path: Path) -> None:

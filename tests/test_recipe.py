@@ -8,14 +8,19 @@ from edgeq import recipe
 from edgeq.errors import UsageFault
 from edgeq.recipe import Recipe
 
+caches = st.sampled_from(["", "-kv16", "-kv8"])
+bodies = st.one_of(
+    st.builds("w{}g{}".format, st.sampled_from([4, 8]), st.sampled_from([16, 32, 64, 128])),
+    st.sampled_from(sorted(recipe.GGML)),
+)
 names = st.one_of(
-    st.just("w16"),
+    st.builds("{}{}".format, st.sampled_from(sorted(recipe.FLOATS)), caches),
     st.builds(
-        "w{}g{}-e{}-{}".format,
-        st.sampled_from([4, 8]),
-        st.sampled_from([16, 32, 64, 128]),
-        st.sampled_from([4, 8]),
+        "{}-e{}-{}{}".format,
+        bodies,
+        st.sampled_from(["4", "8", *recipe.GGML]),
         st.sampled_from(recipe.METHODS),
+        caches,
     ),
 )
 
@@ -26,8 +31,12 @@ def test_every_name_of_the_grammar_is_its_own_definition(name: str) -> None:
 
 
 def test_the_parts_of_a_name_are_what_they_say() -> None:
-    assert recipe.parse("w4g64-e8-rtn") == Recipe(bits=4, group=64, table_bits=8, method="rtn")
-    assert recipe.parse("w16") == Recipe(bits=16, group=0, table_bits=16, method="none")
+    found = recipe.parse("w4g64-e8-rtn")
+    assert found == Recipe(recipe.plain(4, 64), recipe.plain(8, 64), "rtn")
+    assert (found.body.bits, found.body.group, found.table.bits, found.kv_bits) == (4, 64, 8, 32)
+    assert recipe.parse("w16-kv16") == Recipe(recipe.FLOATS["w16"], recipe.FLOATS["w16"], "none", 16)
+    assert recipe.parse("q4_k-eq6_k-rtn") == Recipe(recipe.GGML["q4_k"], recipe.GGML["q6_k"], "rtn")
+    assert recipe.parse("iq4_nl-e8-rtn-kv8").table == recipe.plain(8, 32)
 
 
 @pytest.mark.parametrize(
@@ -35,14 +44,15 @@ def test_the_parts_of_a_name_are_what_they_say() -> None:
     [
         *("", "w4", "w16-e8", "w4g32", "w4g32-e8", "w4g32-rtn", "w4g32-e8-", "w4g32-e8-rtn-rtn", " w16", "w16\n"),
         *("w5g32-e8-rtn", "w4g33-e8-rtn", "w4g0-e8-rtn", "w4g32-e16-rtn", "W4G32-E8-RTN", "w4g32_e8_rtn"),
-        *("w4g32-e8-rtn\n", "w4g32-e8-RTN", "w４g32-e8-rtn", "q4_k_m"),
+        *("w4g32-e8-rtn\n", "w4g32-e8-RTN", "w４g32-e8-rtn", "q4_k_m", "q4_k", "Q4_K-e8-rtn", "q4_k-eq9_k-rtn"),
+        *("w16-kv32", "w16-kv4", "w4g32-e8-rtn-kv", "w4g32-e8-kv8", "f64", "w4g32-ew16-rtn"),
     ],
 )
 def test_other_names_are_refused_with_the_grammar(name: str) -> None:
     with pytest.raises(UsageFault, match="is not a recipe") as caught:
         recipe.parse(name)
     assert repr(name) in caught.value.what
-    assert "w<4|8>g<16|32|64|128>-e<4|8>-<method>" in caught.value.why
+    assert "w<4|8>g<16|32|64|128>" in caught.value.why
     assert caught.value.exit_code == 2
 
 
@@ -53,7 +63,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
         assert method in caught.value.why
 
 
-@given(st.one_of(st.text(max_size=20), st.from_regex(r"w[0-9]{1,2}g[0-9]{1,3}-e[0-9]{1,2}-[a-z]+")))
+@given(st.one_of(st.text(max_size=20), st.from_regex(r"w[0-9]{1,2}g[0-9]{1,3}-e[0-9]{1,2}-[a-z]+(-kv(8|16|32))?")))
 def test_any_text_is_a_recipe_or_a_usage_fault(text: str) -> None:
     try:
         found = recipe.parse(text)
@@ -63,14 +73,27 @@ def test_any_text_is_a_recipe_or_a_usage_fault(text: str) -> None:
 
 
 def test_bits_per_weight_count_one_float32_scale_for_each_group() -> None:
-    assert recipe.parse("w4g32-e8-rtn").stored_bits(4) == 5.0
-    assert recipe.parse("w4g32-e8-rtn").stored_bits(8) == 9.0
-    assert recipe.parse("w8g128-e8-rtn").stored_bits(8) == 8.25
-    assert recipe.parse("w16").stored_bits(16) == 16.0
+    assert recipe.parse("w4g32-e8-rtn").body.stored_bits(32) == 5.0
+    assert recipe.parse("w4g32-e8-rtn").table.stored_bits(32) == 9.0
+    assert recipe.parse("w4g32-e8-rtn").body.stored_bits(16) == 4.5
+    assert recipe.parse("w8g128-e8-rtn").body.stored_bits(32) == 8.25
+    assert recipe.parse("w16").body.stored_bits(32) == 16.0
+
+
+def test_ggml_layouts_take_what_ggml_says_whatever_a_plain_scale_takes() -> None:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    for name, layout in recipe.GGML.items():
+        values, size = GGML_QUANT_SIZES[GGMLQuantizationType[name.upper()]]
+        assert (layout.block, layout.bits_of_block) == (values, 8 * size)
+        assert layout.stored_bits(16) == layout.stored_bits(32) == 8 * size / values
 
 
 def test_fewer_bits_may_lose_more() -> None:
-    limits = [recipe.parse(name).max_loss for name in ("w16", "w8g32-e8-rtn", "w4g32-e8-rtn")]
+    limits = [
+        recipe.parse(name).max_loss
+        for name in ("f32", "w16", "w8g32-e8-rtn", "q6_k-e8-rtn", "q5_k-e8-rtn", "w4g32-e8-rtn")
+    ]
     assert limits == sorted(limits)
     assert limits[0] > 0
 

@@ -59,7 +59,7 @@ def test_shipped_recipes_divide_every_model_of_the_catalogue(name: str, recipe: 
 def test_a_group_that_does_not_divide_is_refused_with_the_matrix(generation: str, recipe: str, matrix: str) -> None:
     model = read_config(checkpoints.config_of(generation) | {"intermediate_size": 96})
     with pytest.raises(
-        UsageFault, match=re.escape(f"{recipe}: group {parse(recipe).group} does not divide the")
+        UsageFault, match=re.escape(f"{recipe}: group {parse(recipe).body.group} does not divide the")
     ) as caught:
         size.check_groups(model, parse(recipe))
     assert caught.value.what.endswith(matrix)

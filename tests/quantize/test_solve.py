@@ -13,6 +13,7 @@ from edgeq import recipe, size
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import GateFailed, UnsupportedModel, UsageFault
 from edgeq.quantize import rtn, solve
+from edgeq.quantize.solution import Solution
 
 MATRIX = "model.layers.0.mlp.down_proj.weight"
 TABLE = "model.embed_tokens.weight"
@@ -32,6 +33,7 @@ def test_the_solution_is_that_of_the_whole_matrix_whatever_the_pieces_and_thread
     monkeypatch.setattr(os, "cpu_count", lambda: threads)
     for name in (MATRIX, TABLE):
         found = solve.solve(checkpoint, recipe.parse("w4g32-e8-rtn"), name)
+        assert isinstance(found, Solution)
         codes, scales, zero_points = rtn.quantize(checkpoint.tensor(name), found.bits, 32)
         np.testing.assert_array_equal(found.codes, codes)
         np.testing.assert_array_equal(found.scales, scales)
@@ -59,6 +61,7 @@ def test_no_piece_is_larger_than_the_limit(checkpoint: Checkpoint, monkeypatch: 
 def test_tables_take_the_bits_of_the_table(checkpoint: Checkpoint, name: str, word: str, bits: int) -> None:
     assert name in size.TABLES
     found = solve.solve(checkpoint, recipe.parse(word), name)
+    assert isinstance(found, Solution)
     assert found.bits == bits
     assert found.codes.max() < 1 << bits
     assert (found.zero_points == 1 << (bits - 1)).all()
@@ -136,4 +139,9 @@ def test_rounded_is_what_the_recipe_makes_of_a_matrix(checkpoint: Checkpoint) ->
 
 @pytest.mark.parametrize(("stored", "kept"), [("bf16", "bfloat16"), ("f16", "float16"), ("f32", "bfloat16")])
 def test_w16_keeps_the_checkpoints_own_16_bit_type(tiny: Build, stored: str, kept: str) -> None:
-    assert solve.half(Checkpoint.open(tiny("3", dtype=stored)), MATRIX).name == kept
+    assert solve.float_type(Checkpoint.open(tiny("3", dtype=stored)), recipe.parse("w16"), MATRIX).name == kept
+
+
+@pytest.mark.parametrize(("word", "kept"), [("f16", "float16"), ("bf16", "bfloat16"), ("f32", "float32")])
+def test_a_recipe_that_names_a_type_stores_that_type(checkpoint: Checkpoint, word: str, kept: str) -> None:
+    assert solve.float_type(checkpoint, recipe.parse(word), MATRIX).name == kept

@@ -67,7 +67,7 @@ def build(work: Plan, progress: Progress) -> Built:
         progress(phase, done, total)
 
     engine = backends.get(work.backend)
-    tools = (f"edgeq {VERSION}", *engine.tools())
+    tools = (f"edgeq {VERSION}", *engine.tools(work.target))
     origin = sources.find(work.model, offline=work.offline)
     checkpoint = Checkpoint.open(origin.folder)
     template = checkpoint.chat_template()
@@ -81,7 +81,7 @@ def build(work: Plan, progress: Progress) -> Built:
         _copy_side_files(checkpoint, template, folder)
         engine.build(Job(checkpoint, work.recipe, work.target, work.context, step), folder)
         accuracy.save(record, folder / bundle.REFERENCE)
-        draft = _describe(work, origin.source(checkpoint), checkpoint, folder, engine.PROVIDER, tools)
+        draft = _describe(work, origin.source(checkpoint), checkpoint, folder, engine.provider(work.target), tools)
         _check_size(work, draft)
         session = engine.load(folder, draft)
         try:

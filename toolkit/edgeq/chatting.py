@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from edgeq import backends, bundle, chat, data
+from edgeq import backends, bundle, chat, data, profiles
 from edgeq.errors import CorruptInput, UsageFault
 
 
@@ -38,6 +38,8 @@ class Chat:
             raise CorruptInput(f"{folder / 'tokenizer.json'}: not a tokenizer", why=str(error)) from error
         self._stops = _stops(folder, self._tokenizer)
         self._session = backends.get(made.backend).load(folder, made)
+        self.placement = self._session.placement
+        self.elsewhere = _elsewhere(made.provider, profiles.provider(self.placement))
 
     def reply(self, messages: Sequence[dict[str, str]], tokens: int, thinking: bool | None = None) -> Iterator[str]:
         """Pieces of the answer to messages, at most `tokens` tokens.
@@ -68,6 +70,13 @@ class Chat:
     def close(self) -> None:
         """Release the engine."""
         self._session.close()
+
+
+def _elsewhere(wanted: str, found: str) -> str | None:
+    """What to tell people when a bundle does not run where it was made for."""
+    if found.partition(" ")[0] == wanted:
+        return None
+    return f"this bundle is made for {wanted} and runs on {found} here; next: edgeq doctor --target <its target>"
 
 
 def _stops(folder: Path, tokenizer: Any) -> set[int]:

@@ -33,6 +33,9 @@ app.add_typer(models_app, name="models")
 Version = Annotated[bool, typer.Option("--version", help="Print edgeq's version.", is_eager=True)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document as the last line of stdout.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+Accelerator = Annotated[
+    bool, typer.Option("--require-accelerator", help="Fail when a layer runs on the CPU.", show_default=False)
+]
 Bundle = Annotated[Path, typer.Argument(help="Folder that edgeq build made.", metavar="BUNDLE")]
 
 
@@ -69,7 +72,9 @@ def build(
     model: Annotated[str | None, typer.Argument(help="Folder, hub id, catalogue name or demo-qwen3.")] = None,
     target: Annotated[str, typer.Option("--target", "-t", help="Device, alias, TOML file or host.")] = "",
     recipe: Annotated[str, typer.Option(help="For example w4g32-e8-rtn; auto: the target's best.")] = "auto",
-    backend: Annotated[str, typer.Option(help="onnx or null; auto: the target's first that is installed.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="onnx, llamacpp or null; auto: the target's first that is installed.")
+    ] = "auto",
     context: Annotated[str | None, typer.Option("--context", "-c", help="Tokens of context, such as 4k.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the bundle.")] = None,
     max_size: Annotated[str | None, typer.Option(help="Largest bundle, such as 450MB.")] = None,
@@ -116,6 +121,7 @@ def profile(
         str, typer.Option(help="none, quick (the bundle's reference) or full (run it here).")
     ] = "quick",
     text: Annotated[Path | None, typer.Option(help="UTF-8 file to measure accuracy on.")] = None,
+    accelerator: Accelerator = False,
     save: Annotated[bool, typer.Option("--save", help="Keep the row in ./profiles/<target>/.")] = False,
     json: Json = False,
 ) -> None:
@@ -123,7 +129,7 @@ def profile(
     from edgeq import tables
     from edgeq.profiling import measure, run
 
-    plan = measure.Plan(_numbers(prompts), tokens, _numbers(depths), repetitions, accuracy)
+    plan = measure.Plan(_numbers(prompts), tokens, _numbers(depths), repetitions, accuracy, accelerator)
     with _progress() as progress:
         row = run.profile(bundle, target=target, progress=progress, plan=plan, text=text, save=save)
     _show(row, json, tables.profile)
@@ -143,12 +149,18 @@ def run(
     prompt: Annotated[str | None, typer.Argument(help="Chat when left out.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Where the template has the switch.")] = None,
+    accelerator: Accelerator = False,
 ) -> None:
     """Talk to a bundle through its own chat template."""
     from edgeq.chatting import Chat
+    from edgeq.profiles import require_accelerator
 
     chat = Chat(bundle)
     try:
+        if accelerator:
+            require_accelerator(chat.placement)
+        if chat.elsewhere:
+            _say(chat.elsewhere)
         messages: list[dict[str, str]] = []
         for question in [prompt] if prompt is not None else _questions():
             messages.append({"role": "user", "content": question})

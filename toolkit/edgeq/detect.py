@@ -76,7 +76,7 @@ def usable_backends(target: Target) -> tuple[BackendState, ...]:
             return BackendState(name, False, False, "not part of this edgeq")
         backend = backends.get(name)
         try:
-            return BackendState(name, True, True, ", ".join(backend.tools()))
+            return BackendState(name, True, True, ", ".join(backend.tools(target)))
         except MissingTool as missing:
             runs = all(map(_installed, backend.ENGINE))
             return BackendState(name, runs, False, "; ".join(str(missing).splitlines()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeq import accuracy, backends, catalog, detect, recipe, size, sources
+from edgeq.backends.base import Backend
 from edgeq.errors import MissingTool, NothingFits, UsageFault
 from edgeq.machine import this_machine
 from edgeq.model import Model
@@ -61,7 +62,8 @@ def plan(
     device = detect.resolve(target)
     chosen, notes = _backend(device, backend)
     name, shape = sources.shape(model, offline=offline)
-    wanted = _recipe(shape, device, recipe_name, max_size)
+    engine = backends.get(chosen)
+    wanted = _recipe(shape, device, engine, recipe_name, max_size)
     return Plan(
         model=model,
         offline=offline,
@@ -74,8 +76,8 @@ def plan(
         out=out or Path("bundles", device.name, f"{name}.{wanted}.{chosen}"),
         max_loss=wanted.max_loss if max_loss is None else _max_loss(max_loss),
         max_size=max_size,
-        bytes=size.weight_bytes(shape, wanted),
-        bits_per_weight=size.bits_per_weight(shape, wanted),
+        bytes=size.weight_bytes(shape, wanted, engine.SCALE_BITS),
+        bits_per_weight=size.bits_per_weight(shape, wanted, engine.SCALE_BITS),
         notes=(*notes, *_notes(model, shape, device)),
     )
 
@@ -96,23 +98,32 @@ def _backend(target: Target, name: str) -> tuple[str, tuple[str, ...]]:
         notes.append(f"backend {name}: the first of {target.name}'s that is installed here")
         better = states[: [state.name for state in states].index(name)]
         notes += [f"backend {state.name} would suit the device better: {state.reason}" for state in better]
+    name = backends.canonical(name)
     engine = backends.get(name)
-    engine.tools()
-    if target.api != "cpu" and engine.PROVIDER == "cpu":
-        notes.append(f"no GPU backend is installed: this bundle runs on the {target.cpu.arch} CPU of {target.title}")
+    engine.tools(target)
+    if target.api != "cpu" and engine.provider(target) == "cpu":
+        notes.append(
+            f"backend {name} uses no GPU there: this bundle runs on the {target.cpu.arch} CPU of {target.title}"
+        )
     return name, tuple(notes)
 
 
-def _recipe(shape: Model, target: Target, name: str, max_size: int | None) -> Recipe:
-    """Recipe by name, or the target's best whose predicted size is within `max_size` bytes."""
+def _recipe(shape: Model, target: Target, engine: Backend, name: str, max_size: int | None) -> Recipe:
+    """Recipe by name, or the target's best that the engine can hold within `max_size` predicted bytes."""
     if name == "auto":
-        candidates = [each for each in map(recipe.parse, target.recipes) if size.divides(shape, each)]
+        candidates = [each for each in map(recipe.parse, target.recipes) if _holds(engine, shape, each)]
+        if not candidates:
+            raise NothingFits(
+                f"none of {target.name}'s recipes ({', '.join(target.recipes)}) suits the model and its backend",
+                run="edgeq build ... --recipe w16",
+            )
     else:
         candidates = [recipe.parse(name)]
         size.check_groups(shape, candidates[0])
+        engine.check(shape, candidates[0])
     if max_size is None:
         return candidates[0]
-    sizes = {each: size.weight_bytes(shape, each) for each in candidates}
+    sizes = {each: size.weight_bytes(shape, each, engine.SCALE_BITS) for each in candidates}
     fitting = [each for each in candidates if sizes[each] <= max_size]
     if not fitting:
         smallest = min(sizes, key=lambda each: sizes[each])
@@ -122,6 +133,16 @@ def _recipe(shape: Model, target: Target, name: str, max_size: int | None) -> Re
             run=f"edgeq build ... --max-size {sizes[smallest] / 1e6 + 1:.0f}MB",
         )
     return fitting[0]
+
+
+def _holds(engine: Backend, shape: Model, wanted: Recipe) -> bool:
+    if not size.divides(shape, wanted):
+        return False
+    try:
+        engine.check(shape, wanted)
+    except UsageFault:
+        return False
+    return True
 
 
 def _max_loss(wanted: float) -> float:

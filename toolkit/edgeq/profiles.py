@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from edgeq import data
 from edgeq.accuracy import Accuracy
-from edgeq.errors import CorruptInput
+from edgeq.errors import CorruptInput, MissingTool
 from edgeq.machine import Machine
 
 SCHEMA = 1
@@ -94,6 +95,20 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     reason: str | None
 
 
+class Placement(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What of a loaded bundle lives on one device.
+
+    provider: the API ("cpu", "cuda", "vulkan", ...); device: its own name; layers: of the model's, the output counted
+    as one more; bytes: buffers that the engine says it holds there; software: a GPU that the CPU imitates.
+    """
+
+    provider: str
+    device: str
+    layers: int
+    bytes: int | None
+    software: bool = False
+
+
 class Energy(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Joules per token, idle power included; `scope` is the part of the machine that the sensor sees."""
 
@@ -153,6 +168,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     recipe: str
     backend: str
     provider: str
+    placement: tuple[Placement, ...] = ()
     target: str
     tools: tuple[str, ...]
     threads: int
@@ -172,6 +188,24 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     valid: bool
     grade: str
     reasons: tuple[str, ...]
+
+
+def provider(placement: Sequence[Placement]) -> str:
+    """API that most layers run on; with the device's name where that is no real one, as in `vulkan (llvmpipe)`."""
+    most = max(placement, key=lambda place: place.layers)
+    return f"{most.provider} ({most.device.partition(' ')[0]})" if most.software else most.provider
+
+
+def require_accelerator(placement: Sequence[Placement]) -> None:
+    """Raise MissingTool when a layer stayed on the CPU."""
+    left = [place for place in placement if place.provider == "cpu" and place.layers]
+    if left:
+        total = sum(place.layers for place in placement)
+        raise MissingTool(
+            f"{left[0].layers} of {total} layers run on the CPU ({left[0].device})",
+            why="--require-accelerator asks for a GPU that runs all of them.",
+            run="edgeq doctor --target <the bundle's target> says what is missing",
+        )
 
 
 def path(target: str, model: str, recipe: str, backend: str, root: Path) -> Path:

@@ -15,7 +15,7 @@ from edgeq.accuracy import CONTINUATION, PROMPT, TOP_K, Reference, likeliest
 from edgeq.backends.base import Progress
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import CorruptInput, UsageFault
-from edgeq.quantize.solve import rounded
+from edgeq.quantize.solve import float_type, rounded
 from edgeq.recipe import Recipe
 from edgeq.size import is_quantized
 
@@ -23,6 +23,7 @@ LENGTH = 128
 QUICK_WINDOWS = 8
 FULL_WINDOWS = 48
 FULL_TOP_K = 4096
+_NUMPY = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
 def windows(folder: Path, text: str, count: int, length: int, vocab: int) -> NDArray[np.int32]:
@@ -101,7 +102,7 @@ def _weights_only(
     import torch
 
     names = [name for name in checkpoint.model.tensors() if is_quantized(name)]
-    if recipe.bits == 16 and all(checkpoint.dtype(name) != "F32" for name in names):
+    if recipe.body.is_float and all(_stored_exactly(checkpoint, recipe, name) for name in names):
         return 0.0
     total = len(names) + len(reference.windows)
     with torch.inference_mode():
@@ -114,6 +115,11 @@ def _weights_only(
             losses.append(accuracy.compare(reference, window, _logits(model, tokens)))
     progress("weights only", total, total)
     return accuracy.summarize(reference, losses).kl_mean
+
+
+def _stored_exactly(checkpoint: Checkpoint, recipe: Recipe, name: str) -> bool:
+    """Whether a recipe of floats keeps every value of a matrix."""
+    return recipe.body.name == "f32" or float_type(checkpoint, recipe, name).name == _NUMPY[checkpoint.dtype(name)]
 
 
 def _logits(model: Any, tokens: NDArray[np.int32]) -> NDArray[np.float32]:

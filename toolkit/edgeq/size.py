@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 from edgeq.errors import UsageFault
 from edgeq.model import Model
-from edgeq.recipe import Recipe
+from edgeq.recipe import GGML, Layout, Recipe, plain
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 _MATRICES = ("_proj.weight", ".in_proj_qkv.weight", ".in_proj_z.weight")
-_FLOAT_BYTES = 4
+_FLOAT_BITS = 32
 
 
 def is_quantized(name: str) -> bool:
@@ -23,41 +23,54 @@ def is_quantized(name: str) -> bool:
     return name in TABLES or name.endswith(_MATRICES)
 
 
+def layout_of(model: Model, recipe: Recipe, name: str) -> Layout:
+    """Layout that a recipe gives to one of a model's matrices.
+
+    That is the body's or the table's, but for the output of a delta-net layer whose value heads GGML orders otherwise
+    than the checkpoint: a block of 256 inputs would mix heads, so it gets the next larger layout with blocks of 32.
+    """
+    layout = recipe.table if name in TABLES else recipe.body
+    linear = model.linear
+    if linear is None or not layout.is_ggml or not name.endswith("linear_attn.out_proj.weight"):
+        return layout
+    if linear.value_heads == linear.key_heads or linear.value_head_dim % layout.block == 0:
+        return layout
+    return GGML["q4_1"] if layout.bits == GGML["q4_1"].bits else plain(8, 32)
+
+
 def check_groups(model: Model, recipe: Recipe) -> None:
-    """Raise UsageFault, naming the matrix, when a recipe's group does not divide the inputs of a matrix."""
-    for name, inputs in _undivided(model, recipe):
+    """Raise UsageFault, naming the matrix, when a recipe's group or block does not divide the inputs of a matrix."""
+    for name, inputs, layout in _undivided(model, recipe):
+        unit = "block" if layout.block > layout.group else "group"
         raise UsageFault(
-            f"{recipe}: group {recipe.group} does not divide the {inputs} inputs of {name}",
+            f"{recipe}: {unit} {layout.block} does not divide the {inputs} inputs of {name}",
             run="choose a recipe with a smaller group, for example g32",
         )
 
 
 def divides(model: Model, recipe: Recipe) -> bool:
-    """Whether a recipe's group divides the inputs of every matrix."""
+    """Whether a recipe's groups and blocks divide the inputs of every matrix."""
     return not any(True for _ in _undivided(model, recipe))
 
 
-def _undivided(model: Model, recipe: Recipe) -> Iterator[tuple[str, int]]:
+def _undivided(model: Model, recipe: Recipe) -> Iterator[tuple[str, int, Layout]]:
     for name, shape in model.tensors().items():
-        if recipe.bits != 16 and is_quantized(name) and shape[1] % recipe.group:
-            yield name, shape[1]
+        if is_quantized(name) and shape[1] % (layout := layout_of(model, recipe, name)).block:
+            yield name, shape[1], layout
 
 
-def weight_bytes(model: Model, recipe: Recipe) -> int:
-    """Predicted bytes of all weights: packed bits and one float32 scale per group of inputs; a tied table once.
+def weight_bytes(model: Model, recipe: Recipe, scale_bits: int = 32) -> int:
+    """Predicted bytes of all weights: packed bits and the scales, of `scale_bits` in plain groups; a tied table once.
 
     Tensors that no recipe touches count four bytes a value.
     """
-    return sum(_tensor_bytes(name, shape, recipe) for name, shape in model.tensors().items())
+    total = 0
+    for name, shape in model.tensors().items():
+        bits = layout_of(model, recipe, name).stored_bits(scale_bits) if is_quantized(name) else _FLOAT_BITS
+        total += int(math.prod(shape) * bits) // 8
+    return total
 
 
-def bits_per_weight(model: Model, recipe: Recipe) -> float:
+def bits_per_weight(model: Model, recipe: Recipe, scale_bits: int = 32) -> float:
     """Predicted mean bits per weight of the whole text model."""
-    return 8 * weight_bytes(model, recipe) / model.parameters
-
-
-def _tensor_bytes(name: str, shape: tuple[int, ...], recipe: Recipe) -> int:
-    if not is_quantized(name):
-        return math.prod(shape) * _FLOAT_BYTES
-    bits = recipe.table_bits if name in TABLES else recipe.bits
-    return int(math.prod(shape) * recipe.stored_bits(bits)) // 8
+    return 8 * weight_bytes(model, recipe, scale_bits) / model.parameters

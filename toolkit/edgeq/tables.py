@@ -68,6 +68,7 @@ def profile(document: Profile) -> Table:
     rows = [
         ("model", f"{document.model} {document.recipe}, {document.bundle.bits_per_weight:.2f} bits per weight"),
         ("size", show_bytes(document.bundle.bytes)),
+        ("runs on", "; ".join(f"{each.provider} {each.device}: {each.layers} layers" for each in document.placement)),
         ("machine", f"{document.target}: {document.machine.cpu_model}, {', '.join(document.tools)}"),
         *((f"prefill {each.tokens}", f"{_rate(each.tokens_per_s)} tokens/s") for each in document.prefill),
         *((f"decode at {each.depth}", f"{_rate(each.tokens_per_s)} tokens/s") for each in document.decode),

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from edgeq.bundle import Bundle
 from edgeq.checkpoint import Checkpoint
+from edgeq.model import Model
+from edgeq.profiles import Placement
 from edgeq.recipe import Recipe
 from edgeq.target import Target
 
@@ -32,6 +34,11 @@ class Job:
 class Session(Protocol):
     """A loaded bundle: token ids in, token ids and logits out."""
 
+    @property
+    def placement(self) -> tuple[Placement, ...]:
+        """What lives on which device, as the engine itself reports it."""
+        ...
+
     def generate(self, ids: Sequence[int], tokens: int) -> Iterator[int]:
         """Greedy continuation of `ids`: the first `next` is the prefill, each further one a decode step."""
         ...
@@ -46,13 +53,24 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """A toolchain: satisfied by a module with these functions, its provider's name, and the packages that run it."""
+    """A toolchain: satisfied by a module with tools, build and load, and what has to be known before they are called.
 
-    PROVIDER: str
+    ENGINE: the packages that run its bundles; SCALE_BITS: what it stores for the scale of a plain group.
+    """
+
     ENGINE: tuple[str, ...]
+    SCALE_BITS: int
 
-    def tools(self) -> tuple[str, ...]:
-        """Names and versions of what builds; raises MissingTool with the line that installs it."""
+    def provider(self, target: Target) -> str:
+        """API that runs a target's bundles: "cpu", "cuda", "metal", "vulkan", ..."""
+        ...
+
+    def check(self, model: Model, recipe: Recipe) -> None:
+        """Raise UsageFault, with a recipe that works, when the engine cannot hold one."""
+        ...
+
+    def tools(self, target: Target) -> tuple[str, ...]:
+        """Names and versions of what builds; raises MissingTool with the line that installs it on the target."""
         ...
 
     def build(self, job: Job, out: Path) -> None:

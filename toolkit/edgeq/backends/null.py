@@ -16,9 +16,13 @@ from numpy.typing import NDArray
 from edgeq.backends.base import Job
 from edgeq.bundle import Bundle
 from edgeq.errors import BackendFault
+from edgeq.model import Model
+from edgeq.profiles import Placement
+from edgeq.recipe import Recipe
+from edgeq.target import Target
 
-PROVIDER = "null"
 ENGINE: tuple[str, ...] = ()
+SCALE_BITS = 32
 FAVOUR = 5.0
 _FILE = "null.json"
 
@@ -29,6 +33,8 @@ class _Vocabulary(msgspec.Struct):
 
 class NullSession:
     """Session whose every answer is known beforehand."""
+
+    placement = (Placement(provider="null", device="null", layers=1, bytes=None),)
 
     def __init__(self, vocab: int) -> None:
         self.vocab = vocab
@@ -48,7 +54,16 @@ class NullSession:
         """Nothing to release."""
 
 
-def tools() -> tuple[str, ...]:
+def provider(target: Target) -> str:  # noqa: ARG001
+    """No device at all."""
+    return "null"
+
+
+def check(model: Model, recipe: Recipe) -> None:
+    """Every recipe is as good as another."""
+
+
+def tools(target: Target) -> tuple[str, ...]:  # noqa: ARG001
     """The null backend itself."""
     return ("null 1",)
 

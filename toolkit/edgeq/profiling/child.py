@@ -68,8 +68,9 @@ def cold(folder: Path) -> messages.Cold:
     start = time.perf_counter()
     session = backend.load(folder, manifest)
     seconds = time.perf_counter() - start
+    placement = session.placement
     session.close()
-    return messages.Cold(seconds=None if reason else seconds, reason=reason)
+    return messages.Cold(seconds=None if reason else seconds, placement=placement, reason=reason)
 
 
 def loss(folder: Path, reference: Path, say: Say) -> messages.Loss:
@@ -108,9 +109,11 @@ def speed(job: messages.SpeedJob, say: Say) -> messages.Speed:
     peak = max((phase.rss_bytes for phase in phases if phase.rss_bytes is not None), default=None)
     if unresettable:
         phases = (loaded, memory.NOTHING, memory.NOTHING)
+    placement = session.placement
     session.close()
     return messages.Speed(
         warm_s=warm_s,
+        placement=placement,
         repetitions=_with_tokenization(done, folder / _TOKENIZER, watch.vocab),
         peak_rss_bytes=peak,
         load=phases[0],

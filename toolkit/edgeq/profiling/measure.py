@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeq import backends, bundle, model, profiles
+from edgeq import backends, bundle, model, profiles, recipe
 from edgeq.accuracy import Accuracy
 from edgeq.errors import UsageFault
 from edgeq.machine import Machine, physical_cores
@@ -18,20 +18,24 @@ from edgeq.version import VERSION
 
 _TIMEOUT_S = 1800.0
 _ACCURACY = ("none", "quick", "full")
-_ONNX_KV_BYTES = 4  # float32 cache
+_KV_BYTES = {32: 4.0, 16: 2.0, 8: 34 / 32}  # 8: GGML's Q8_0, 32 bytes and a float16 scale
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: prompt lengths, tokens to decode, depths to decode at, valid repetitions, accuracy loss."""
+    """What to measure: prompt lengths, tokens to decode, depths to decode at, valid repetitions, accuracy loss.
+
+    With `require_accelerator` nothing is measured when a layer stays on the CPU.
+    """
 
     prompts: tuple[int, ...] = (128, 512)
     tokens: int = 128
     depths: tuple[int, ...] = (0,)
     repetitions: int = 5
     accuracy: str = "quick"
+    require_accelerator: bool = False
 
 
 def profile(
@@ -50,12 +54,14 @@ def profile(
     Prefill is measured after nothing (depth 0), decode after a prompt of each depth: a session has no way to read a
     second prompt on top of a first. Speed and memory come from one process, accuracy from another, so that its logits
     do not count as memory. Raises UsageFault when the plan does not suit the bundle, what the backend raises, and
-    BackendFault or BackendKilled when it fails.
+    BackendFault or BackendKilled when it fails, MissingTool when an accelerator is required and missing.
     """
     manifest = bundle.read(folder)
     _check(plan, manifest)
     children = process.Children(progress, machine.memory_bytes, _TIMEOUT_S)
     cold = children.run(messages.ColdJob(folder=str(folder)), messages.Cold)
+    if plan.require_accelerator:
+        profiles.require_accelerator(cold.placement)
     speed = children.run(
         messages.SpeedJob(
             folder=str(folder),
@@ -93,7 +99,8 @@ def _row(
         generation=manifest.generation,
         recipe=manifest.recipe,
         backend=manifest.backend,
-        provider=manifest.provider,
+        provider=profiles.provider(speed.placement),
+        placement=speed.placement,
         target=target.name,
         tools=(f"edgeq {VERSION}", *(f"{name} {importlib.metadata.version(name)}" for name in engine)),
         threads=physical_cores(),
@@ -148,19 +155,24 @@ def _accuracy(
 
 
 def _memory(manifest: bundle.Bundle, speed: messages.Speed) -> Memory:
-    """Peaks of the engine's process; its KV cache is predicted from the bundle's configuration."""
-    reasons = [speed.memory_reason, f"device: no counter of its own for provider {manifest.provider}"]
-    if manifest.backend == "onnx":
-        cache = model.read_config(manifest.config).kv_bytes_per_token(_ONNX_KV_BYTES)
+    """Peaks of the engine's process, and what it says it holds on GPUs; the KV cache is arithmetic on the shape."""
+    held = [place.bytes for place in speed.placement if place.provider != "cpu"]
+    device = sum(size for size in held if size is not None) or None
+    reasons = [speed.memory_reason]
+    if device is None:
+        reasons.append(f"device: no counter of its own for provider {profiles.provider(speed.placement)}")
+    cache = None
+    if manifest.backend == "null":
+        reasons.append("KV cache: the null backend has none")
     else:
-        cache = None
-        reasons.append(f"KV cache: its format in backend {manifest.backend} is not known")
+        values = model.read_config(manifest.config).kv_bytes_per_token(1)
+        cache = int(values * _KV_BYTES[recipe.parse(manifest.recipe).kv_bits])
     return Memory(
         peak_rss_bytes=speed.peak_rss_bytes,
         load=speed.load,
         prefill=speed.prefill,
         decode=speed.decode,
-        device_peak_bytes=None,
+        device_peak_bytes=device,
         kv_cache_bytes_per_token=cache,
-        reason="; ".join(reason for reason in reasons if reason),
+        reason="; ".join(reason for reason in reasons if reason) or None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from edgeq.accuracy import Accuracy
-from edgeq.profiles import Energy, Phase, Repetition
+from edgeq.profiles import Energy, Phase, Placement, Repetition
 
 
 class ColdJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
@@ -50,9 +50,10 @@ class Fault(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class Cold(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """Seconds of a cold load, or the reason why it was not cold."""
+    """Seconds of a cold load, or the reason why it was not cold; where the layers went."""
 
     seconds: float | None
+    placement: tuple[Placement, ...]
     reason: str | None
 
 
@@ -73,6 +74,7 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     """What one process measured: load time, every repetition, and the peak memory of each phase."""
 
     warm_s: float
+    placement: tuple[Placement, ...]
     repetitions: tuple[Timed, ...]
     peak_rss_bytes: int | None
     load: Phase

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,17 +13,17 @@ from numpy.typing import NDArray
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import GateFailed, UnsupportedModel, UsageFault
 from edgeq.machine import physical_cores
-from edgeq.quantize import rtn
-from edgeq.quantize.solution import Solution
-from edgeq.recipe import Recipe
-from edgeq.size import TABLES
+from edgeq.quantize import ggml, rtn
+from edgeq.quantize.solution import BlockSolution, Solution
+from edgeq.recipe import Layout, Recipe
+from edgeq.size import layout_of
 
 PIECE = 1 << 22
 _LARGEST_ERROR = 4.0
 
 
-def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution:
-    """Quantized form of one matrix of a checkpoint.
+def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution | BlockSolution:
+    """Quantized form of one matrix of a checkpoint, by a recipe of codes.
 
     Holds the codes (one byte a weight) and some 30 MB per thread. Raises UsageFault when the
     recipe's group does not divide the matrix's inputs, UnsupportedModel when a scale is beyond float16, and GateFailed
@@ -31,51 +32,76 @@ def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution:
     for weights of any likely shape.)
     """
     outputs, inputs = checkpoint.model.tensors()[name]
-    if inputs % recipe.group:
+    layout = layout_of(checkpoint.model, recipe, name)
+    if inputs % layout.block:
         raise UsageFault(
-            f"{recipe}: group {recipe.group} does not divide the {inputs} inputs of {name}",
+            f"{recipe}: group {layout.block} does not divide the {inputs} inputs of {name}",
             run="choose a recipe with a smaller group, for example g32",
         )
-    bits = recipe.table_bits if name in TABLES else recipe.bits
-    codes = np.empty((outputs, inputs), np.uint8)
-    scales = np.empty((outputs, inputs // recipe.group), np.float32)
-    zero_points = np.empty(scales.shape, np.uint8)
     step = max(1, PIECE // inputs)
 
-    def piece(start: int) -> tuple[float, float]:
-        rows = slice(start, min(start + step, outputs))
-        weights = checkpoint.rows(name, rows.start, rows.stop)
-        codes[rows], scales[rows], zero_points[rows] = rtn.quantize(weights, bits, recipe.group)
-        if not np.isfinite(scales[rows]).all():
+    def piece(start: int) -> tuple[Solution | BlockSolution, float, float]:
+        weights = checkpoint.rows(name, start, min(start + step, outputs))
+        made = _quantized(weights, layout, name)
+        if not all(np.isfinite(getattr(made, field)).all() for field in _arrays(made)):
             raise UnsupportedModel(
                 f"{name}: weights up to {np.abs(weights).max():.3g} are too large for {recipe}",
                 why="Their scales are beyond float16.",
                 run="edgeq build ... --recipe w16",
             )
-        made = Solution(name, bits, recipe.group, codes[rows], scales[rows], zero_points[rows]).dequantize()
-        return float(np.square(weights - made).sum()), float(np.square(weights).sum())
+        values = made.dequantize()
+        return made, float(np.square(weights - values).sum()), float(np.square(weights).sum())
 
+    lost = total = 0.0
     with ThreadPoolExecutor(physical_cores()) as pool:
-        errors = list(pool.map(piece, range(0, outputs, step)))
-    lost, total = (math.fsum(each) for each in zip(*errors, strict=True))
-    if not lost <= (_LARGEST_ERROR / 2**bits) ** 2 * total:
+        starts = range(0, outputs, step)
+        for start, (made, loss, square) in zip(starts, pool.map(piece, starts), strict=True):
+            if start == 0:
+                whole = _with_rows(made, outputs)
+            for field in _arrays(made):
+                getattr(whole, field)[start : start + step] = getattr(made, field)
+            lost, total = lost + loss, total + square
+    limit = _LARGEST_ERROR / 2**layout.bits
+    if not lost <= limit**2 * total:
         raise GateFailed(
-            f"{name}: quantizing to {bits} bits lost {math.sqrt(lost / total):.1%} of the matrix",
-            why=f"{bits} bits in groups of {recipe.group} lose at most {_LARGEST_ERROR / 2**bits:.1%} of a real one.",
+            f"{name}: quantizing to {layout.bits} bits lost {math.sqrt(lost / total):.1%} of the matrix",
+            why=f"{layout.bits} bits in groups of {layout.group} lose at most {limit:.1%} of a real one.",
             run="download the checkpoint again, or choose a recipe with more bits",
         )
-    return Solution(name, bits, recipe.group, codes, scales, zero_points)
+    return whole
 
 
 def rounded(checkpoint: Checkpoint, recipe: Recipe, name: str) -> NDArray[np.float32]:
     """What a recipe makes of one matrix, as float32 [outputs, inputs]."""
-    if recipe.bits != 16:
+    if not recipe.body.is_float:
         return solve(checkpoint, recipe, name).dequantize()
-    return checkpoint.tensor(name).astype(half(checkpoint, name)).astype(np.float32)
+    return checkpoint.tensor(name).astype(float_type(checkpoint, recipe, name)).astype(np.float32)
 
 
-def half(checkpoint: Checkpoint, name: str) -> np.dtype[Any]:
-    """The 16-bit type that w16 stores a matrix in: the checkpoint's own, bfloat16 where that is wider."""
+def float_type(checkpoint: Checkpoint, recipe: Recipe, name: str) -> np.dtype[Any]:
+    """Type that a recipe of floats stores a matrix in; w16: the checkpoint's own, bfloat16 where that is wider."""
     import ml_dtypes
 
-    return np.dtype(np.float16 if checkpoint.dtype(name) == "F16" else ml_dtypes.bfloat16)
+    own = "f16" if checkpoint.dtype(name) == "F16" else "bf16"
+    wanted = own if recipe.body.name == "w16" else recipe.body.name
+    types: dict[str, Any] = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32}
+    found: np.dtype[Any] = np.dtype(types[wanted])
+    return found
+
+
+def _quantized(weights: NDArray[np.float32], layout: Layout, name: str) -> Solution | BlockSolution:
+    if layout.is_ggml:
+        return ggml.unpack(ggml.quantize(weights, layout), layout, name)
+    return Solution(name, layout.bits, layout.group, *rtn.quantize(weights, layout.bits, layout.group))
+
+
+def _with_rows(made: Solution | BlockSolution, outputs: int) -> Solution | BlockSolution:
+    """Room for a solution like another one, with so many outputs."""
+    like: dict[str, NDArray[Any]] = {field: getattr(made, field) for field in _arrays(made)}
+    empty: dict[str, Any] = {field: np.empty((outputs, *rows.shape[1:]), rows.dtype) for field, rows in like.items()}
+    return dataclasses.replace(made, **empty)
+
+
+def _arrays(made: Solution | BlockSolution) -> list[str]:
+    """Fields of a solution that have a row for each output."""
+    return [field.name for field in dataclasses.fields(made) if getattr(getattr(made, field.name), "ndim", 0) == 2]

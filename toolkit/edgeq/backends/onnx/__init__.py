@@ -7,14 +7,35 @@ from pathlib import Path
 
 from edgeq.backends.base import Job, Session
 from edgeq.bundle import Bundle
-from edgeq.errors import MissingTool
+from edgeq.errors import MissingTool, UsageFault
+from edgeq.model import Model
+from edgeq.recipe import Recipe
+from edgeq.target import Target
 
-PROVIDER = "cpu"
 ENGINE = ("onnxruntime",)
+SCALE_BITS = 32
 _BUILD_TOOLS = (*ENGINE, "onnxruntime-genai", "onnx-ir", "transformers", "torch", "numpy", "ml-dtypes")
 
 
-def tools() -> tuple[str, ...]:
+def provider(target: Target) -> str:  # noqa: ARG001
+    """ONNX Runtime's CPU provider, on every target."""
+    return "cpu"
+
+
+def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001
+    """Raise UsageFault for GGML's layouts and for caches that are not float32."""
+    if recipe.body.is_ggml or recipe.table.is_ggml:
+        raise UsageFault(
+            f"{recipe}: ONNX Runtime does not know GGML's layouts", run="edgeq build ... --backend llamacpp"
+        )
+    if recipe.kv_bits != 32:
+        raise UsageFault(
+            f"{recipe}: the onnx backend keeps keys and values in float32",
+            run=f"edgeq build ... --recipe {str(recipe).rpartition('-')[0]}",
+        )
+
+
+def tools(target: Target) -> tuple[str, ...]:  # noqa: ARG001
     """Names and versions of the packages that build; raises MissingTool when one is absent."""
     found = []
     for name in _BUILD_TOOLS:

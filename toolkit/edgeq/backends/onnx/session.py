@@ -15,6 +15,7 @@ from edgeq.bundle import Bundle
 from edgeq.errors import BackendFault, MissingTool, UsageFault
 from edgeq.machine import physical_cores
 from edgeq.model import read_config
+from edgeq.profiles import Placement
 
 PROMPT_CHUNK = 512
 SCORE_CHUNK = 128
@@ -32,7 +33,9 @@ class OnnxSession:
     def __init__(self, folder: Path, bundle: Bundle) -> None:
         self._folder = folder
         self._context = bundle.context
-        self._head_dim = read_config(bundle.config).head_dim
+        model = read_config(bundle.config)
+        self._head_dim = model.head_dim
+        self.placement = (Placement(provider="cpu", device="CPU", layers=model.layers + 1, bytes=None),)
         self._graph = ""
         self._load(MODEL)
 

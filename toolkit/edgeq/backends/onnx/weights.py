@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from edgeq.backends.base import Job
 from edgeq.backends.onnx.graph import all_positions
 from edgeq.model import Model
 from edgeq.quantize.solution import Solution
-from edgeq.quantize.solve import PIECE, half, solve
+from edgeq.quantize.solve import PIECE, float_type, solve
 from edgeq.size import TABLES, is_quantized
 
 MODEL = "model.onnx"
@@ -74,7 +74,7 @@ def write(model: Any, job: Job, out: Path) -> None:
         for done, (name, tensors) in enumerate(large.items()):
             job.progress("quantize", done, len(large))
             users = [usage.node for usage in model.graph.initializers.pop(name).uses()]
-            if job.recipe.bits == 16:
+            if job.recipe.body.is_float:
                 _cast(data, job, tensors, users)
             else:
                 _quantize(data, job, tensors, users)
@@ -87,7 +87,7 @@ def write(model: Any, job: Job, out: Path) -> None:
 
 def _quantize(data: _DataFile, job: Job, tensors: Sequence[str], users: Iterable[Any]) -> None:
     """Turn MatMul into MatMulNBits and Gather into GatherBlockQuantized, both over the same bytes."""
-    parts = [solve(job.checkpoint, job.recipe, name) for name in tensors]
+    parts = [cast(Solution, solve(job.checkpoint, job.recipe, name)) for name in tensors]
     bits, group = parts[0].bits, parts[0].group
     name = tensors[0] if len(parts) == 1 else tensors[0].replace("q_proj", "qkv_proj")
     codes = data.append([pack(part.codes, bits) for part in parts])
@@ -120,7 +120,7 @@ def _cast(data: _DataFile, job: Job, tensors: Sequence[str], users: Iterable[Any
     """Store 16 bits a weight, as the checkpoint does; float32 rows are made after the lookup, matrices when loading."""
     import onnx_ir as ir
 
-    kind = half(job.checkpoint, tensors[0])
+    kind = float_type(job.checkpoint, job.recipe, tensors[0])
     stored = data.append(rows.astype(kind) for name in tensors for rows in _pieces(job, name))
     weight = data.initializer(tensors[0] if len(tensors) == 1 else tensors[0].replace("q_proj", "qkv_proj"), stored)
     for node in users:

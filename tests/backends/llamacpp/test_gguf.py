@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import edgeq
+from checkpoints import CHAT_TEMPLATE, Build, quiet
+from edgeq import recipe, target
+from edgeq.backends.base import Job
+from edgeq.backends.llamacpp import gguf, tensors
+from edgeq.backends.onnx import weights
+from edgeq.checkpoint import Checkpoint
+from edgeq.errors import UnsupportedModel
+from edgeq.quantize.solve import solve
+from edgeq.size import is_quantized
+
+GENERATIONS = ("2.5", "3", "3.5")
+
+
+def reader(folder: Path) -> Any:
+    from gguf import GGUFReader
+
+    return GGUFReader(folder / gguf.MODEL)
+
+
+def dequantized(found: Any) -> dict[str, np.ndarray]:
+    """Every tensor of a file as float32, in the shape of the checkpoint."""
+    from gguf import dequantize
+
+    return {each.name: dequantize(each.data, each.tensor_type) for each in found.tensors}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["w8g32-e8-rtn", "w4g32-e8-rtn", "w4g32-e4-rtn"])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_every_matrix_dequantizes_to_its_solution(
+    packed: Build, tiny: Build, generation: str, name: str, tied: bool
+) -> None:
+    checkpoint = Checkpoint.open(tiny(generation, tied=tied))
+    model, stored = checkpoint.model, dequantized(reader(packed(generation, name, tied=tied)))
+    for each in filter(is_quantized, model.tensors()):
+        solution = solve(checkpoint, recipe.parse(name), each).dequantize()
+        rows = np.concatenate([np.arange(*run) for run in tensors.row_runs(model, each)])
+        order = tensors.columns(model, each)
+        wanted = solution[rows] if order is None else solution[:, order]
+        np.testing.assert_array_equal(stored[tensors.gguf_name(model, each)], wanted)
+    assert ("output.weight" in stored) is not tied
+
+
+def test_onnx_packs_the_same_solution(packed: Build, built: Build, tiny: Build) -> None:
+    import onnx_ir as ir
+
+    name = "model.layers.1.mlp.down_proj.weight"
+    graph = ir.load(built("3", "w4g32-e8-rtn") / weights.MODEL).graph
+    codes = graph.initializers[f"{name}.codes"].const_value.numpy()
+    scales = graph.initializers[f"{name}.scales"].const_value.numpy()
+    halves = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*scales.shape, 32).astype(np.float32)
+    onnx = ((halves - 8) * scales[:, :, None]).reshape(len(scales), -1)
+    np.testing.assert_array_equal(dequantized(reader(packed("3", "w4g32-e8-rtn")))["blk.1.ffn_down.weight"], onnx)
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [("bf16", "BF16"), ("f16", "F16"), ("f32", "BF16")])
+def test_sixteen_bit_matrices_are_the_checkpoints_own_values(packed: Build, tiny: Build, dtype: str, kind: str) -> None:
+    checkpoint = Checkpoint.open(tiny("3", dtype=dtype))
+    found = reader(packed("3", "w16", dtype=dtype))
+    kinds = {each.name: each.tensor_type.name for each in found.tensors}
+    assert kinds["token_embd.weight"] == kinds["blk.0.ffn_up.weight"] == kind
+    assert kinds["blk.0.attn_norm.weight"] == "F32"
+    own = checkpoint.tensor("model.layers.0.mlp.up_proj.weight")
+    np.testing.assert_allclose(dequantized(found)["blk.0.ffn_up.weight"], own, rtol=0 if dtype != "f32" else 2**-8)
+
+
+def test_metadata_says_what_llama_cpp_asks_for(packed: Build) -> None:
+    found = reader(packed("3.5", "w4g32-e8-rtn"))
+    said = {name: field.contents() for name, field in found.fields.items()}
+    assert said["general.architecture"] == "qwen35"
+    assert said["qwen35.full_attention_interval"] == 4
+    assert said["qwen35.rope.dimension_count"] == 8
+    assert said["qwen35.rope.dimension_sections"] == [2, 1, 1, 0]
+    assert said["qwen35.ssm.state_size"] == 32
+    assert said["qwen35.ssm.inner_size"] == 128
+    assert (said["qwen35.ssm.group_count"], said["qwen35.ssm.time_step_rank"]) == (2, 4)
+    assert (said["tokenizer.ggml.model"], said["tokenizer.ggml.pre"]) == ("gpt2", "qwen35")
+    assert len(said["tokenizer.ggml.tokens"]) == len(said["tokenizer.ggml.token_type"]) == 288
+    assert said["tokenizer.ggml.merges"] == ["Ā Ā"]
+    assert said["tokenizer.chat_template"] == CHAT_TEMPLATE
+    assert {name: said[name] for name in said if name.startswith("edgeq.")} == {
+        "edgeq.version": edgeq.__version__,
+        "edgeq.recipe": "w4g32-e8-rtn",
+    }
+
+
+def test_value_heads_are_dealt_out_in_turn(tiny: Build) -> None:
+    model = Checkpoint.open(tiny("3.5")).model
+    layer = "model.layers.0.linear_attn."
+    assert [start for start, _ in tensors.row_runs(model, f"{layer}A_log")] == [0, 2, 1, 3]
+    assert list(tensors.row_runs(model, f"{layer}in_proj_qkv.weight"))[:3] == [(0, 128), (128, 160), (192, 224)]
+    order = tensors.columns(model, f"{layer}out_proj.weight")
+    assert order is not None
+    assert order[::32].tolist() == [0, 64, 32, 96]
+    assert tensors.columns(model, "model.layers.3.self_attn.o_proj.weight") is None
+
+
+def test_layers_in_another_pattern_are_refused(tiny: Build, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(tiny("3.5"))
+    types = ("full_attention", "linear_attention", "linear_attention", "linear_attention")
+    odd = dataclasses.replace(checkpoint, model=dataclasses.replace(checkpoint.model, layer_types=types))
+    with pytest.raises(UnsupportedModel, match="not every 1th layer"):
+        gguf.write(Job(odd, recipe.parse("w16"), target.load("x86-avx2"), 256, quiet), tmp_path)
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(tiny: Build, packed: Build, tmp_path: Path) -> None:
+    job = Job(Checkpoint.open(tiny("3")), recipe.parse("w4g32-e8-rtn"), target.load("x86-avx2"), 256, quiet)
+    gguf.write(job, tmp_path)
+    assert (tmp_path / gguf.MODEL).read_bytes() == (packed("3", "w4g32-e8-rtn") / gguf.MODEL).read_bytes()

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from checkpoints import Build, quiet
+from edgeq import backends, bundle, recipe, size, target, transformer
+from edgeq.backends.base import Job, Session
+from edgeq.backends.llamacpp import gguf
+from edgeq.backends.llamacpp import session as llama_session
+from edgeq.checkpoint import Checkpoint
+from edgeq.errors import BackendFault, UsageFault
+from edgeq.quantize.solve import rounded
+
+Open = Callable[..., Session]
+GENERATIONS = ("2.5", "3", "3.5")
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("2.5", {}),
+    ("2.5", {"tied": False}),
+    ("3", {}),
+    ("3", {"tied": False, "shards": 3}),
+    ("3.5", {}),
+    ("3.5", {"tied": False}),
+    ("3.5", {"multimodal": True, "shards": 2}),
+    ("3", {"dtype": "f16"}),
+]
+IDS = [(7 * n + 3) % 256 for n in range(150)]
+
+
+def load(folder: Path, checkpoint: Path, context: int = 256, recipe: str = "w16", provider: str = "cpu") -> Session:
+    """Session of a folder; of the manifest it reads these fields only."""
+    config = Checkpoint.open(checkpoint).model.config()
+    described = SimpleNamespace(context=context, config=config, recipe=recipe, provider=provider)
+    return backends.get("llamacpp").load(folder, cast(bundle.Bundle, described))
+
+
+@pytest.fixture
+def opened(packed: Build, tiny: Build) -> Iterator[Open]:
+    """Session of a tiny checkpoint: opened("3.5", "w16", context=512, tied=False)."""
+    sessions: list[Session] = []
+
+    def make(generation: str, name: str, context: int = 256, **options: object) -> Session:
+        sessions.append(load(packed(generation, name, **options), tiny(generation, **options), context, name))
+        return sessions[-1]
+
+    yield make
+    for session in sessions:
+        session.close()
+
+
+def reference_logits(folder: Path, name: str = "w16") -> np.ndarray:
+    """Float32 logits of transformers over what a recipe makes of the weights."""
+    import torch
+
+    checkpoint = Checkpoint.open(folder)
+    with torch.inference_mode():
+        model = transformer.instantiate(checkpoint, lambda _: True)
+        for each in filter(size.is_quantized, checkpoint.model.tensors()):
+            model.get_parameter(each).data = torch.from_numpy(rounded(checkpoint, recipe.parse(name), each))
+        logits: np.ndarray = model(input_ids=torch.tensor([IDS])).logits[0].numpy()
+    return logits
+
+
+@pytest.mark.parametrize(("generation", "options"), VARIANTS)
+def test_float32_matrices_give_the_logits_of_transformers(
+    tiny: Build, tmp_path: Path, generation: str, options: dict[str, Any]
+) -> None:
+    """Names, orders and values are right: llama.cpp keeps activations in float32 beside float32 matrices only."""
+    folder = tiny(generation, **options)
+    checkpoint = Checkpoint.open(folder)
+    gguf.write(Job(checkpoint, recipe.parse("f32"), target.load("x86-avx2"), 256, quiet), tmp_path)
+    session = load(tmp_path, folder)
+    np.testing.assert_allclose(session.logits(IDS), reference_logits(folder), atol=2e-5)
+
+
+@pytest.mark.parametrize(("generation", "options"), VARIANTS)
+def test_sixteen_bit_logits_are_near_those_of_transformers(
+    opened: Open, tiny: Build, generation: str, options: dict[str, Any]
+) -> None:
+    """Not equal: llama.cpp rounds activations to bfloat16 (float16) beside such matrices."""
+    session = opened(generation, "w16", **options)
+    tolerance = 4e-3 if options.get("dtype") == "f16" else 5e-2 if generation == "3.5" else 2e-2
+    np.testing.assert_allclose(session.logits(IDS), reference_logits(tiny(generation, **options)), atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["w8g32-e8-rtn", "w4g32-e8-rtn", "w4g32-e4-rtn"])
+@pytest.mark.parametrize(("generation", "options"), VARIANTS[::2])
+def test_quantized_logits_are_near_those_of_the_dequantized_weights(
+    opened: Open, tiny: Build, generation: str, options: dict[str, Any], name: str
+) -> None:
+    """Not equal: llama.cpp rounds activations to 8 bits beside quantized matrices."""
+    session = opened(generation, name, **options)
+    tolerance = 0.2 if generation == "3.5" else 0.06
+    wanted = reference_logits(tiny(generation, **options), name)
+    np.testing.assert_allclose(session.logits(IDS), wanted, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_prompt_in_chunks_gives_the_logits_of_one_run(
+    opened: Open, generation: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = opened(generation, "w16").logits(IDS[:100])
+    monkeypatch.setattr(llama_session, "CHUNK", chunk)
+    np.testing.assert_allclose(opened(generation, "w16").logits(IDS[:100]), whole, atol=3e-2)
+
+
+@pytest.mark.parametrize("name", ["w16", "w4g32-e8-rtn"])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_decoding_step_by_step_takes_the_likeliest_token_of_the_whole_sequence(
+    opened: Open, generation: str, name: str
+) -> None:
+    session = opened(generation, name)
+    tokens = list(session.generate(IDS[:40], 12))
+    logits = session.logits(IDS[:40] + tokens)[39:-1]
+    chosen = logits[np.arange(12), tokens]
+    np.testing.assert_allclose(chosen, logits.max(axis=1), atol=3e-2)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_a_second_generation_does_not_remember_the_first(opened: Open, generation: str) -> None:
+    session = opened(generation, "w4g32-e8-rtn")
+    first = list(session.generate(IDS[:20], 8))
+    list(session.generate(IDS[50:90], 8))
+    assert list(session.generate(IDS[:20], 8)) == first
+
+
+def test_a_longer_sequence_than_before_gets_a_larger_cache(opened: Open) -> None:
+    session = opened("3.5", "w4g32-e8-rtn", context=512)
+    short = session.logits(IDS[:20])
+    session.logits(IDS + IDS)
+    np.testing.assert_array_equal(session.logits(IDS[:20]), short)
+
+
+def test_a_closed_session_may_be_closed_again(opened: Open) -> None:
+    session = opened("3", "w4g32-e8-rtn")
+    session.logits(IDS[:4])
+    session.close()
+    session.close()
+
+
+def test_more_tokens_than_the_context_are_refused_with_the_number(opened: Open) -> None:
+    session = opened("3", "w4g32-e8-rtn")
+    with pytest.raises(UsageFault, match="context of 256"):
+        next(session.generate(IDS, 200))
+
+
+def test_a_file_that_llama_cpp_refuses_is_a_backend_fault_in_its_words(
+    tiny: Build, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / gguf.MODEL).write_bytes(b"not a model")
+    with pytest.raises(BackendFault, match=r"cannot load it\n.*magic"):
+        load(tmp_path, tiny("3"))
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+from checkpoints import Build
+from edgeq import backends, planning, target
+from edgeq.backends import llamacpp
+from edgeq.backends.llamacpp import install
+from edgeq.errors import MissingTool
+
+
+def test_tools_are_named_with_their_versions() -> None:
+    assert [tool.split()[0] for tool in backends.get("llamacpp").tools(target.load("x86-avx2"))] == [
+        "gguf",
+        "llama-cpp-python",
+    ]
+
+
+def test_an_absent_engine_is_a_missing_tool_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    flags = install.CMAKE_ARGS["x86_64"]
+    with pytest.raises(MissingTool) as caught:
+        llamacpp.tools(target.load("x86-avx2"))
+    assert caught.value.run == f"CMAKE_ARGS='{flags}' pip install 'edgeq[llamacpp]'"
+
+
+def test_llama_cpp_may_be_written_with_its_dot(tiny: Build, tmp_path: Path) -> None:
+    work = planning.plan(str(tiny("3")), target="x86-avx2", backend="llama.cpp", out=tmp_path / "out")
+    assert work.backend == "llamacpp"
+
+
+def test_a_target_that_names_it_first_gets_it(tiny: Build, tmp_path: Path) -> None:
+    work = planning.plan(str(tiny("3")), target="jetson", out=tmp_path / "out")
+    assert work.backend == "llamacpp"
+    assert not any("uses no GPU" in note for note in work.notes)

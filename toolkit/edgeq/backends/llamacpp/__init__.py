@@ -1,0 +1,63 @@
+"""llama.cpp: one GGUF file, run through llama-cpp-python on CUDA, Metal, Vulkan or the CPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+from edgeq.backends.base import Job, Session
+from edgeq.backends.llamacpp import blocks, install
+from edgeq.bundle import Bundle
+from edgeq.errors import MissingTool
+from edgeq.model import Model
+from edgeq.recipe import Recipe
+from edgeq.target import Target
+
+ENGINE = ("llama-cpp-python",)
+SCALE_BITS = 16
+_TOOLS = ("gguf", *ENGINE)
+
+
+def provider(target: Target) -> str:
+    """The target's own API: llama.cpp has them all."""
+    return target.api
+
+
+def check(model: Model, recipe: Recipe) -> None:
+    """Raise UsageFault, naming the tensor and a recipe that works, when GGML's blocks cannot hold a recipe."""
+    blocks.check(model, recipe)
+
+
+def tools(target: Target) -> tuple[str, ...]:
+    """Names and versions of the packages that build; raises MissingTool with the line for the target's API."""
+    found = []
+    for name in _TOOLS:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError as error:
+            raise MissingTool(
+                f"the llamacpp backend needs {name}",
+                why="llama-cpp-python is compiled on installation: a C++ compiler is needed, and some minutes.",
+                run=install.lines(target),
+            ) from error
+    return tuple(found)
+
+
+def build(job: Job, out: Path) -> None:
+    """Write model.gguf into `out`."""
+    from edgeq.backends.llamacpp import gguf
+
+    gguf.write(job, out)
+
+
+def load(folder: Path, bundle: Bundle) -> Session:
+    """Session of a built folder, on a device of the bundle's provider where llama.cpp sees one, else on the CPU."""
+    try:
+        import llama_cpp  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise MissingTool(
+            "llama-cpp-python cannot be imported", why=str(error), run=install.line_for(bundle.provider)
+        ) from error
+    from edgeq.backends.llamacpp.session import LlamaSession
+
+    return LlamaSession(folder, bundle)

@@ -1,0 +1,84 @@
+"""Solutions as GGML's blocks. Plain ones are blocks of 32 weights with a 16-bit scale:
+
+    Q4_0    float16 d, 16 bytes of codes     w = (code - 8) * d
+    Q8_0    float16 d, 32 signed bytes       w = code * d
+
+A byte of a 4-bit block holds the code of input i in its lower half and that of input i + 16 in its upper half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.errors import UsageFault
+from edgeq.model import Model
+from edgeq.quantize import ggml
+from edgeq.quantize.solution import BlockSolution, Solution
+from edgeq.recipe import Layout, Recipe
+from edgeq.size import is_quantized, layout_of
+
+BLOCK = 32
+_PLAIN = {4: "Q4_0", 8: "Q8_0"}
+
+
+def check(model: Model, recipe: Recipe) -> None:
+    """Raise UsageFault, naming the tensor and a recipe that works, when GGML's blocks cannot hold a recipe."""
+    linear = model.linear
+    reorders = linear is not None and linear.value_heads > linear.key_heads
+    for name, (_, inputs) in _matrices(model):
+        layout = layout_of(model, recipe, name)
+        if layout.is_float:
+            continue
+        if not layout.is_ggml and layout.group != BLOCK:
+            raise UsageFault(
+                f"{recipe}: llama.cpp cannot hold groups of {layout.group} for {name}",
+                why=f"GGML's plain blocks have one scale per {BLOCK} inputs.",
+                run=f"edgeq build ... --recipe w{recipe.body.bits}g{BLOCK}-e{recipe.table.bits}-{recipe.method}",
+            )
+        if inputs % layout.block:
+            raise UsageFault(
+                f"{recipe}: the {inputs} inputs of {name} are no multiple of {layout.block}",
+                why="A row of GGML's blocks must fill whole blocks.",
+                run=f"edgeq build ... --recipe {'w16' if inputs % BLOCK else 'w4g32-e8-rtn'}",
+            )
+        if linear and reorders and name.endswith("linear_attn.out_proj.weight") and linear.value_head_dim % BLOCK:
+            raise UsageFault(
+                f"{recipe}: value heads of {linear.value_head_dim} split the blocks of {name}",
+                why=f"llama.cpp orders value heads otherwise than the checkpoint, and a block holds {BLOCK} inputs.",
+                run="edgeq build ... --recipe w16",
+            )
+
+
+def _matrices(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
+    return ((name, shape) for name, shape in model.tensors().items() if is_quantized(name))
+
+
+def format_of(layout: Layout) -> str:
+    """GGML's name of a layout of codes."""
+    return layout.name.upper() if layout.is_ggml else _PLAIN[layout.bits]
+
+
+def pack(solution: Solution | BlockSolution, rows: slice = slice(None)) -> NDArray[np.uint8]:
+    """Bytes [outputs, bytes of a row] that dequantize to exactly the solution, or to some rows of it.
+
+    Raises UsageFault when a plain solution has zero points, for which Q4_0 and Q8_0 have no room.
+    """
+    if isinstance(solution, BlockSolution):
+        return ggml.pack(solution, rows)
+    scales = solution.scales[rows]
+    if (solution.zero_points[rows] != 1 << (solution.bits - 1)).any():
+        raise UsageFault(
+            f"{solution.name}: llama.cpp cannot hold this solution",
+            why="Its plain blocks have no zero points.",
+            run=f"choose a symmetric recipe, for example w{solution.bits}g{BLOCK}-e8-rtn",
+        )
+    codes = solution.codes[rows].reshape(*scales.shape, BLOCK)
+    if solution.bits == 8:
+        stored = codes ^ np.uint8(0x80)
+    else:
+        stored = codes[:, :, : BLOCK // 2] | np.left_shift(codes[:, :, BLOCK // 2 :], 4, dtype=np.uint8)
+    header = np.ascontiguousarray(scales, "<f2").view(np.uint8).reshape(*scales.shape, 2)
+    return np.concatenate([header, stored], axis=2).reshape(len(scales), -1)

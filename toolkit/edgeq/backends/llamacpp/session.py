@@ -1,0 +1,171 @@
+"""A bundle on llama.cpp, through llama-cpp-python's low-level interface."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq import recipe
+from edgeq.backends.llamacpp import devices
+from edgeq.backends.llamacpp.gguf import MODEL
+from edgeq.bundle import Bundle
+from edgeq.errors import BackendFault, OutOfMemory, UsageFault
+from edgeq.machine import physical_cores
+from edgeq.model import read_config
+
+CHUNK = 128
+_STEP = 256
+_ALL_LAYERS = 999
+_KV_TYPES = {32: 0, 16: 1, 8: 8}  # ggml_type: F32, F16, Q8_0
+_log: list[str] = []
+
+
+class LlamaSession:
+    """Greedy decoding and logits of one bundle; batch size 1, keys and values as the recipe says.
+
+    All layers go to the devices of the bundle's provider, or to the CPU where llama.cpp sees none; `placement` says
+    what llama.cpp itself reported.
+
+    Prompts run in chunks of `CHUNK` tokens, and logits are copied out chunk by chunk, so that neither the context nor
+    the prompt multiplies the vocabulary. The cache grows to the longest sequence asked for, in steps of 256 tokens.
+    OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise or OpenMP is loaded already: spinning
+    beside any other work costs up to 50 times the speed.
+    Raises BackendFault when llama.cpp refuses the model, UsageFault when tokens exceed the bundle's context.
+    """
+
+    def __init__(self, folder: Path, bundle: Bundle) -> None:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        import llama_cpp
+
+        _listen()
+        self._context_limit = bundle.context
+        self._vocab = read_config(bundle.config).vocab
+        self._kv_bits = recipe.parse(bundle.recipe).kv_bits
+        self._capacity = self._length = 0
+        self._context: Any = None
+        self._batch: Any = llama_cpp.llama_batch_init(CHUNK, 0, 1)
+        parameters = llama_cpp.llama_model_default_params()
+        self._devices = devices.found()
+        self._chosen = [each for each in self._devices if each.api == bundle.provider != "cpu"]
+        handles = [*(each.handle for each in self._chosen), None]
+        self._handles = (ctypes.c_void_p * len(handles))(*handles)
+        parameters.devices = ctypes.cast(self._handles, ctypes.c_void_p)
+        parameters.n_gpu_layers = _ALL_LAYERS if self._chosen else 0
+        _log.clear()
+        self._model: Any = llama_cpp.llama_model_load_from_file(str(folder / MODEL).encode(), parameters)
+        if not self._model:
+            raise BackendFault(
+                f"{folder / MODEL}: llama.cpp (llama-cpp-python {llama_cpp.__version__}) cannot load it", why=_said()
+            )
+        self._loading = list(_log)
+        self.placement = devices.placement(self._loading, self._devices)
+
+    def generate(self, ids: Sequence[int], tokens: int) -> Iterator[int]:
+        """Greedy continuation; end-of-sequence tokens are not special here."""
+        self._reset(len(ids) + tokens)
+        for start in range(0, len(ids), CHUNK):
+            part = ids[start : start + CHUNK]
+            logits = self._step(part, keep=1)
+        for _ in range(tokens - 1):
+            token = int(logits[-1].argmax())
+            yield token
+            logits = self._step([token], keep=1)
+        yield int(logits[-1].argmax())
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits after each token, shape [len(ids), vocabulary]."""
+        self._reset(len(ids))
+        found = np.empty((len(ids), self._vocab), np.float32)
+        for start in range(0, len(ids), CHUNK):
+            part = ids[start : start + CHUNK]
+            found[start : start + len(part)] = self._step(part, keep=len(part))
+        return found
+
+    def close(self) -> None:
+        """Release the model and its context."""
+        import llama_cpp
+
+        self._release()
+        if self._model:
+            llama_cpp.llama_batch_free(self._batch)
+            llama_cpp.llama_model_free(self._model)
+            self._model = None
+
+    def _release(self) -> None:
+        import llama_cpp
+
+        if self._context:
+            llama_cpp.llama_free(self._context)
+            self._context = None
+
+    def _reset(self, capacity: int) -> None:
+        """Empty states with room for `capacity` tokens."""
+        import llama_cpp
+
+        if capacity > self._context_limit:
+            raise UsageFault(
+                f"{capacity} tokens do not fit the bundle's context of {self._context_limit}",
+                run="edgeq build ... --context with a larger number",
+            )
+        self._length = 0
+        if self._context and capacity <= self._capacity:
+            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+            return
+        self._release()
+        self._capacity = -(-capacity // _STEP) * _STEP
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx = self._capacity
+        parameters.n_batch = parameters.n_ubatch = CHUNK
+        parameters.n_threads = parameters.n_threads_batch = physical_cores()
+        parameters.type_k = parameters.type_v = _KV_TYPES[self._kv_bits]
+        if not self._chosen:
+            parameters.offload_kqv = parameters.op_offload = False
+            if self._kv_bits == 32:
+                parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        _log.clear()
+        self._context = llama_cpp.llama_init_from_model(self._model, parameters)
+        if not self._context:
+            raise OutOfMemory(f"llama.cpp cannot make a context of {self._capacity} tokens", why=_said())
+        self.placement = devices.placement([*self._loading, *_log], self._devices)
+
+    def _step(self, ids: Sequence[int], keep: int) -> NDArray[np.float32]:
+        """Run some tokens after those already seen; logits [keep, vocabulary] of the last, valid until the next."""
+        import llama_cpp
+
+        batch, first = self._batch, len(ids) - keep
+        batch.n_tokens = len(ids)
+        for index, token in enumerate(ids):
+            batch.token[index] = token
+            batch.pos[index] = self._length + index
+            batch.n_seq_id[index] = 1
+            batch.seq_id[index][0] = 0
+            batch.logits[index] = index >= first
+        _log.clear()
+        if code := llama_cpp.llama_decode(self._context, batch):
+            raise BackendFault(f"llama.cpp failed to run {len(ids)} tokens (code {code})", why=_said())
+        llama_cpp.llama_synchronize(self._context)
+        self._length += len(ids)
+        start = llama_cpp.llama_get_logits_ith(self._context, first)
+        return np.ctypeslib.as_array(start, (keep, self._vocab))
+
+
+@cache
+def _listen() -> Any:
+    """Keep the last lines of llama.cpp's log for error messages, instead of printing them; returns the callback."""
+    import llama_cpp
+
+    callback = llama_cpp.llama_log_callback(lambda _level, text, _data: _log.append(text.decode("utf-8", "replace")))
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    return callback
+
+
+def _said() -> str:
+    """Last lines of the log."""
+    return "".join(_log).strip()[-600:] or "It gave no reason."
