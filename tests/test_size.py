@@ -84,3 +84,29 @@ def test_projections_and_tables_are_quantized_and_nothing_else() -> None:
         *("linear_attn.in_proj_a.weight", "linear_attn.in_proj_b.weight", "linear_attn.conv1d.weight"),
         *("linear_attn.dt_bias", "linear_attn.A_log", "linear_attn.norm.weight"),
     }
+
+
+def test_layouts_with_blocks_of_256_are_refused_where_rows_do_not_fill_them() -> None:
+    """ggml would cut the rest of each row off without a word."""
+    narrow = catalog.load("qwen2.5-0.5b").model
+    with pytest.raises(UsageFault, match=r"block 256 does not divide the 896 inputs of model\.layers\.0"):
+        size.check_groups(narrow, parse("q4_k-e8-rtn"))
+    size.check_groups(narrow, parse("q4_1-e8-rtn"))
+    size.check_groups(catalog.load("qwen3-0.6b").model, parse("q4_k-eq6_k-rtn"))
+
+
+@pytest.mark.parametrize(("recipe", "fallback"), [("q4_k", "q4_1"), ("q5_k", "w8g32"), ("q6_k", "w8g32")])
+def test_value_heads_in_another_order_get_blocks_that_do_not_mix_them(recipe: str, fallback: str) -> None:
+    name = "model.layers.0.linear_attn.out_proj.weight"
+    wanted = parse(f"{recipe}-e8-rtn")
+    small, large = (catalog.load(f"qwen3.5-{each}").model for each in ("0.8b", "4b"))
+    assert size.layout_of(small, wanted, name).name == recipe
+    assert size.layout_of(large, wanted, name).name == fallback
+    assert size.layout_of(large, wanted, name.replace("out_proj", "in_proj_z")).name == recipe
+    assert size.layout_of(large, parse("iq4_nl-e8-rtn"), name).name == "iq4_nl"
+
+
+def test_a_scale_of_sixteen_bits_takes_half_a_bit_less_in_groups_of_32() -> None:
+    model = catalog.load("qwen3-0.6b").model
+    wide, narrow = (size.bits_per_weight(model, parse("w4g32-e8-rtn"), bits) for bits in (32, 16))
+    assert wide - narrow == pytest.approx(0.5, abs=1e-3)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,25 +16,13 @@ from edgeq.checkpoint import Checkpoint
 from edgeq.errors import UnsupportedModel
 from edgeq.quantize.solve import solve
 from edgeq.size import is_quantized
+from gguf_files import dequantized, in_file_order, reader
 
 GENERATIONS = ("2.5", "3", "3.5")
 
 
-def reader(folder: Path) -> Any:
-    from gguf import GGUFReader
-
-    return GGUFReader(folder / gguf.MODEL)
-
-
-def dequantized(found: Any) -> dict[str, np.ndarray]:
-    """Every tensor of a file as float32, in the shape of the checkpoint."""
-    from gguf import dequantize
-
-    return {each.name: dequantize(each.data, each.tensor_type) for each in found.tensors}
-
-
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", ["w8g32-e8-rtn", "w4g32-e8-rtn", "w4g32-e4-rtn"])
+@pytest.mark.parametrize("name", ["w8g32-e8-rtn", "w4g32-e8-rtn", "w4g32-e4-rtn", "q4_1-eiq4_nl-rtn"])
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_every_matrix_dequantizes_to_its_solution(
     packed: Build, tiny: Build, generation: str, name: str, tied: bool
@@ -44,10 +31,7 @@ def test_every_matrix_dequantizes_to_its_solution(
     model, stored = checkpoint.model, dequantized(reader(packed(generation, name, tied=tied)))
     for each in filter(is_quantized, model.tensors()):
         solution = solve(checkpoint, recipe.parse(name), each).dequantize()
-        rows = np.concatenate([np.arange(*run) for run in tensors.row_runs(model, each)])
-        order = tensors.columns(model, each)
-        wanted = solution[rows] if order is None else solution[:, order]
-        np.testing.assert_array_equal(stored[tensors.gguf_name(model, each)], wanted)
+        np.testing.assert_array_equal(stored[tensors.gguf_name(model, each)], in_file_order(model, each, solution))
     assert ("output.weight" in stored) is not tied
 
 
@@ -63,15 +47,23 @@ def test_onnx_packs_the_same_solution(packed: Build, built: Build, tiny: Build) 
     np.testing.assert_array_equal(dequantized(reader(packed("3", "w4g32-e8-rtn")))["blk.1.ffn_down.weight"], onnx)
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [("bf16", "BF16"), ("f16", "F16"), ("f32", "BF16")])
-def test_sixteen_bit_matrices_are_the_checkpoints_own_values(packed: Build, tiny: Build, dtype: str, kind: str) -> None:
+FLOATS = [
+    *(("w16", "bf16", "BF16", 0.0), ("w16", "f16", "F16", 0.0), ("w16", "f32", "BF16", 2**-8)),
+    *(("f16", "bf16", "F16", 0.0), ("bf16", "f16", "BF16", 2**-8), ("f32", "bf16", "F32", 0.0)),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "kind", "error"), FLOATS)
+def test_float_matrices_are_the_checkpoints_own_values(
+    packed: Build, tiny: Build, name: str, dtype: str, kind: str, error: float
+) -> None:
     checkpoint = Checkpoint.open(tiny("3", dtype=dtype))
-    found = reader(packed("3", "w16", dtype=dtype))
+    found = reader(packed("3", name, dtype=dtype))
     kinds = {each.name: each.tensor_type.name for each in found.tensors}
     assert kinds["token_embd.weight"] == kinds["blk.0.ffn_up.weight"] == kind
     assert kinds["blk.0.attn_norm.weight"] == "F32"
     own = checkpoint.tensor("model.layers.0.mlp.up_proj.weight")
-    np.testing.assert_allclose(dequantized(found)["blk.0.ffn_up.weight"], own, rtol=0 if dtype != "f32" else 2**-8)
+    np.testing.assert_allclose(dequantized(found)["blk.0.ffn_up.weight"], own, rtol=error, atol=1e-7 if error else 0)
 
 
 def test_metadata_says_what_llama_cpp_asks_for(packed: Build) -> None:

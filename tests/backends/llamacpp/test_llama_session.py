@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import ctypes
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,3 +160,123 @@ def test_a_file_that_llama_cpp_refuses_is_a_backend_fault_in_its_words(
     with pytest.raises(BackendFault, match=r"cannot load it\n.*magic"):
         load(tmp_path, tiny("3"))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Parameters that llama.cpp was last given for a model and for a context, and how often it had to finish."""
+    import llama_cpp
+
+    seen: dict[str, Any] = {"synchronized": 0}
+    load, make, wait = (
+        llama_cpp.llama_model_load_from_file,
+        llama_cpp.llama_init_from_model,
+        llama_cpp.llama_synchronize,
+    )
+
+    def loading(path: bytes, parameters: Any) -> Any:
+        seen["layers"] = parameters.n_gpu_layers
+        seen["devices"] = ctypes.cast(parameters.devices, ctypes.POINTER(ctypes.c_void_p))[0]
+        return load(path, parameters)
+
+    def making(model: Any, parameters: Any) -> Any:
+        for name in (
+            "type_k",
+            "type_v",
+            "op_offload",
+            "offload_kqv",
+            "n_threads",
+            "n_threads_batch",
+            "n_ctx",
+            "n_batch",
+        ):
+            seen[name] = getattr(parameters, name)
+        return make(model, parameters)
+
+    def waiting(context: Any) -> None:
+        seen["synchronized"] += 1
+        wait(context)
+
+    monkeypatch.setattr(llama_cpp, "llama_model_load_from_file", loading)
+    monkeypatch.setattr(llama_cpp, "llama_init_from_model", making)
+    monkeypatch.setattr(llama_cpp, "llama_synchronize", waiting)
+    return seen
+
+
+def test_a_cpu_session_gives_nothing_to_a_gpu(opened: Open, asked: dict[str, Any]) -> None:
+    """No layers alone are not enough: llama.cpp still sends large batches to a GPU that it knows of."""
+    opened("3", "w4g32-e8-rtn").logits(IDS[:40])
+    assert (asked["layers"], asked["devices"]) == (0, None)
+    assert (asked["op_offload"], asked["offload_kqv"]) == (False, False)
+
+
+def test_a_session_for_a_gpu_that_is_not_there_runs_on_the_cpu_and_says_so(packed: Build, tiny: Build) -> None:
+    session = load(packed("3", "w4g32-e8-rtn"), tiny("3"), recipe="w4g32-e8-rtn", provider="cuda")
+    session.logits(IDS[:4])
+    assert [(place.provider, place.layers) for place in session.placement] == [("cpu", 3)]
+    session.close()
+
+
+def test_threads_are_the_physical_cores_for_prompts_and_tokens(
+    opened: Open, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeq.backends.llamacpp.session.physical_cores", lambda: 3)
+    opened("3", "w4g32-e8-rtn").logits(IDS[:4])
+    assert asked["n_threads"] == asked["n_threads_batch"] == 3
+
+
+def test_every_step_ends_when_its_work_is_done(opened: Open, asked: dict[str, Any]) -> None:
+    """Without it llama_decode returns early on a GPU, and a step's time is that of asking."""
+    session = opened("3", "w4g32-e8-rtn")
+    list(session.generate(IDS[:40], 5))
+    assert asked["synchronized"] == 5
+
+
+def test_waiting_threads_sleep() -> None:
+    """OpenMP reads the variable when it is loaded, so a process of its own is asked."""
+    script = (
+        "import os, types; os.environ.pop('OMP_WAIT_POLICY', None); "
+        "from edgeq.backends.llamacpp.session import LlamaSession\n"
+        "try: LlamaSession(None, None)\n"
+        "except AttributeError: print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == "passive"
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize(("bits", "kind", "tolerance"), [(32, 0, 0.0), (16, 1, 2e-2), (8, 8, 0.3)])
+def test_keys_and_values_are_stored_as_the_recipe_says(
+    packed: Build, tiny: Build, asked: dict[str, Any], generation: str, bits: int, kind: int, tolerance: float
+) -> None:
+    folder, checkpoint = packed(generation, "f32"), tiny(generation)
+    exact = load(folder, checkpoint, recipe="f32")
+    session = load(folder, checkpoint, recipe="f32" if bits == 32 else f"f32-kv{bits}")
+    wanted = exact.logits(IDS)
+    found = session.logits(IDS)
+    assert asked["type_k"] == asked["type_v"] == kind
+    assert 0 <= np.abs(found - wanted).max() <= tolerance
+    assert bits == 32 or np.abs(found - wanted).max() > 0
+
+
+def test_logits_at_all_positions_take_no_more_than_a_chunk_of_the_vocabulary(
+    opened: Open, asked: dict[str, Any]
+) -> None:
+    """llama.cpp keeps logits for as many tokens as a batch may have, whatever the context."""
+    session = opened("3.5", "w4g32-e8-rtn", context=512)
+    assert len(session.logits(IDS * 3)) == 450
+    assert (asked["n_ctx"], asked["n_batch"]) == (512, llama_session.CHUNK)
+    assert asked["synchronized"] == 4
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_placement_counts_every_layer_and_the_output(opened: Open, tiny: Build, generation: str) -> None:
+    session = opened(generation, "w4g32-e8-rtn")
+    (loaded,) = session.placement
+    session.logits(IDS[:8])
+    (running,) = session.placement
+    layers = Checkpoint.open(tiny(generation)).model.layers
+    assert (running.provider, running.layers, running.software) == ("cpu", layers + 1, False)
+    assert loaded.bytes is not None
+    assert running.bytes is not None
+    assert running.bytes > loaded.bytes > 0
