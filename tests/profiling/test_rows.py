@@ -3,7 +3,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from edgeq.profiles import Repetition
+from edgeq.profiles import Placement, Repetition
 from edgeq.profiling import rows
 from edgeq.profiling.messages import Timed
 
@@ -23,7 +23,7 @@ _CONTENDED = [_timed("decode", 9.0, reason="40% waited for a core")] * 2
 
 def _verdict(done: list[Timed], wanted: int = 5) -> tuple[bool, str, tuple[str, ...]]:
     groups = [group for phase in ("prefill", "decode") for group in rows.counting(done, phase, wanted)]
-    return rows.verdict(groups, done, wanted)
+    return rows.verdict(groups, done, wanted, [])
 
 
 def test_disturbed_repetitions_do_not_count_while_enough_others_do() -> None:
@@ -32,6 +32,14 @@ def test_disturbed_repetitions_do_not_count_while_enough_others_do() -> None:
     (row,) = rows.decode([group])
     assert (row.tokens_per_s.median, row.gap_s.p50) == (50.0, 1.0)
     assert _verdict([*_CONTENDED, *_STEADY]) == (True, "A", ())
+
+
+def test_a_device_that_the_processor_imitates_is_never_comparable() -> None:
+    imitated = Placement(provider="vulkan", device="llvmpipe", layers=5, bytes=1, software=True)
+    steady = _STEADY[:5]
+    reason = "llvmpipe is no real device: its speed says nothing"
+    assert rows.verdict([steady], steady, 5, []) == (True, "A", ())
+    assert rows.verdict([steady], steady, 5, [imitated]) == (True, "C", (reason,))
 
 
 def test_too_few_undisturbed_are_reported_all_and_not_valid() -> None:

@@ -39,7 +39,8 @@ class Chat:
         self._stops = _stops(folder, self._tokenizer)
         self._session = backends.get(made.backend).load(folder, made)
         self.placement = self._session.placement
-        self.elsewhere = _elsewhere(made.provider, profiles.provider(self.placement))
+        self.target = made.target
+        self.elsewhere = _elsewhere(made, profiles.provider(self.placement))
 
     def reply(self, messages: Sequence[dict[str, str]], tokens: int, thinking: bool | None = None) -> Iterator[str]:
         """Pieces of the answer to messages, at most `tokens` tokens.
@@ -72,11 +73,13 @@ class Chat:
         self._session.close()
 
 
-def _elsewhere(wanted: str, found: str) -> str | None:
+def _elsewhere(made: bundle.Bundle, found: str) -> str | None:
     """What to tell people when a bundle does not run where it was made for."""
-    if found.partition(" ")[0] == wanted:
+    if found.partition(" ")[0] == made.provider:
         return None
-    return f"this bundle is made for {wanted} and runs on {found} here; next: edgeq doctor --target <its target>"
+    return (
+        f"this bundle is made for {made.provider} and runs on {found} here; next: edgeq doctor --target {made.target}"
+    )
 
 
 def _stops(folder: Path, tokenizer: Any) -> set[int]:

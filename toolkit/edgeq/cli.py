@@ -158,7 +158,7 @@ def run(
     chat = Chat(bundle)
     try:
         if accelerator:
-            require_accelerator(chat.placement)
+            require_accelerator(chat.placement, chat.target)
         if chat.elsewhere:
             _say(chat.elsewhere)
         messages: list[dict[str, str]] = []

@@ -196,15 +196,15 @@ def provider(placement: Sequence[Placement]) -> str:
     return f"{most.provider} ({most.device.partition(' ')[0]})" if most.software else most.provider
 
 
-def require_accelerator(placement: Sequence[Placement]) -> None:
-    """Raise MissingTool when a layer stayed on the CPU."""
+def require_accelerator(placement: Sequence[Placement], target: str) -> None:
+    """Raise MissingTool when a layer of a bundle for `target` stayed on the CPU."""
     left = [place for place in placement if place.provider == "cpu" and place.layers]
     if left:
         total = sum(place.layers for place in placement)
         raise MissingTool(
             f"{left[0].layers} of {total} layers run on the CPU ({left[0].device})",
             why="--require-accelerator asks for a GPU that runs all of them.",
-            run="edgeq doctor --target <the bundle's target> says what is missing",
+            run=f"edgeq doctor --target {target}",
         )
 
 

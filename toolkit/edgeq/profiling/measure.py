@@ -61,7 +61,7 @@ def profile(
     children = process.Children(progress, machine.memory_bytes, _TIMEOUT_S)
     cold = children.run(messages.ColdJob(folder=str(folder)), messages.Cold)
     if plan.require_accelerator:
-        profiles.require_accelerator(cold.placement)
+        profiles.require_accelerator(cold.placement, manifest.target)
     speed = children.run(
         messages.SpeedJob(
             folder=str(folder),
@@ -89,7 +89,7 @@ def _row(
     done, engine = speed.repetitions, backends.get(manifest.backend).ENGINE
     prefills, decodes = (rows.counting(done, phase, plan.repetitions) for phase in ("prefill", "decode"))
     first_token_s, first_token_from = rows.first_token(prefills, plan.prompts[0])
-    valid, grade, reasons = rows.verdict([*prefills, *decodes], done, plan.repetitions)
+    valid, grade, reasons = rows.verdict([*prefills, *decodes], done, plan.repetitions, speed.placement)
     if any(plan.depths):
         reasons += ("prefill is measured at depth 0 only",)
     return Profile(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from edgeq.profiles import Decode, Health, Prefill, Repetition, Spread
+from edgeq.profiles import Decode, Health, Placement, Prefill, Repetition, Spread
 from edgeq.profiling import statistics
 from edgeq.profiling.messages import Timed
 
@@ -81,8 +81,13 @@ def _over(figure: Callable[[list[Number]], Number], values: Iterable[Number | No
     return figure(known) if known else None
 
 
-def verdict(groups: Sequence[Sequence[Timed]], done: Sequence[Timed], wanted: int) -> tuple[bool, str, tuple[str, ...]]:
-    """Whether each configuration has `wanted` undisturbed repetitions, the grade, and reasons for less than A."""
+def verdict(
+    groups: Sequence[Sequence[Timed]], done: Sequence[Timed], wanted: int, placement: Sequence[Placement]
+) -> tuple[bool, str, tuple[str, ...]]:
+    """Whether each configuration has `wanted` undisturbed repetitions, the grade, and reasons for less than A.
+
+    What ran on a device that the processor imitates has grade C: its speed is no device's.
+    """
     disturbed = [one.repetition for one in done if not one.repetition.valid]
     if any(len(_valid(group)) < wanted for group in groups):
         why = f"contended: {len(disturbed)} of {len(done)} repetitions were disturbed, the last: {disturbed[-1].reason}"
@@ -97,6 +102,8 @@ def verdict(groups: Sequence[Sequence[Timed]], done: Sequence[Timed], wanted: in
             reasons.append(f"{name}: {count} repetitions; {statistics.COMPARABLE} are needed to compare")
         elif spread.cv is not None and spread.cv > statistics.STEADY:
             reasons.append(f"{name} varies by {spread.cv:.1%}")
+    if imitated := [place.device for place in placement if place.software]:
+        return True, "C", (f"{imitated[0]} is no real device: its speed says nothing", *reasons)
     return True, statistics.grade(list(spreads.values()), events == 0), tuple(reasons)
 
 

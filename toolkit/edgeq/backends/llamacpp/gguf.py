@@ -6,6 +6,7 @@ that say where the file comes from, under `edgeq.`.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ def write(job: Job, out: Path) -> None:
     """
     import gguf
 
+    logging.getLogger("gguf").setLevel(logging.WARNING)
     model = job.checkpoint.model
     blocks.check(model, job.recipe)
     writer = gguf.GGUFWriter(out / MODEL, _ARCHITECTURES[model.generation])
