@@ -9,7 +9,7 @@ import msgspec
 
 from edgeq import target as targets
 from edgeq.errors import MissingTool, UsageFault
-from edgeq.machine import Machine, this_machine
+from edgeq.machine import Accelerator, Machine, this_machine
 from edgeq.target import HOST, BackendName, Cpu, Figure, Gpu, Match, Memory, Target
 
 READ_HERE = "read from the machine itself"
@@ -34,7 +34,7 @@ class BackendState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def closest(machine: Machine) -> Target | None:
     """Shipped target that the machine is (of several the one that asks for most), or None."""
     fitting = [found for found in map(targets.load, targets.names()) if mismatch(found, machine) is None]
-    return max(fitting, key=lambda found: (len(found.match.device_tree), len(found.match.isa)), default=None)
+    return max(fitting, key=_asks_for, default=None)
 
 
 def resolve(name: str, machine: Machine | None = None) -> Target:
@@ -64,7 +64,9 @@ def mismatch(target: Target, machine: Machine) -> str | None:
         return f"The processor has no {', '.join(lost)}, which {target.name} has."
     if more := [name for name in target.match.without if name in machine.isa]:
         return f"The processor has {', '.join(more)}: it runs faster kernels than {target.name}."
-    return _other_memory(target, machine) or _other_gpu(target, machine)
+    if target.match.product not in (None, machine.product):
+        return f"The machine says {machine.product or 'nothing'!r}, {target.name} says {target.match.product!r}."
+    return _other_gpu(target, machine) or _other_memory(target, machine)
 
 
 def usable_backends(target: Target) -> tuple[BackendState, ...]:
@@ -91,22 +93,37 @@ def _installed(package: str) -> bool:
         return False
 
 
+def _asks_for(target: Target) -> tuple[int, bool, int]:
+    return len(target.match.device_tree) + bool(target.match.product), target.gpu is not None, len(target.match.isa)
+
+
+def _gpus(target: Target, machine: Machine) -> list[Accelerator]:
+    """GPUs of the machine that have the target's API, and its name where the target insists on one."""
+    return [gpu for gpu in machine.accelerators if gpu.api == target.api and target.match.gpu in (None, gpu.name)]
+
+
+def _own_memory(target: Target, machine: Machine) -> int | None:
+    """Bytes of the target's GPU; None where it shares the RAM."""
+    return max((gpu.memory_bytes for gpu in _gpus(target, machine) if gpu.memory_bytes), default=None)
+
+
 def _other_memory(target: Target, machine: Machine) -> str | None:
     total = target.memory.total_bytes
-    if total is None or machine.ram_bytes is None:
+    size = _own_memory(target, machine) or machine.ram_bytes
+    if total is None or size is None:
         return None
-    if _SMALLEST_RAM_SHARE * total.value <= machine.ram_bytes <= total.value:
+    if _SMALLEST_RAM_SHARE * total.value <= size <= total.value:
         return None
-    return f"The machine has {_gib(machine.ram_bytes)} of memory, {target.name} has {_gib(total.value)}."
+    return f"The machine has {_gib(size)} of memory, {target.name} has {_gib(total.value)}."
 
 
 def _other_gpu(target: Target, machine: Machine) -> str | None:
-    if target.gpu is None:
+    if target.gpu is None or target.gpu.arch in [gpu.arch or gpu.name for gpu in _gpus(target, machine)]:
         return None
-    found = [gpu.arch or gpu.name for gpu in machine.accelerators if gpu.api == target.api]
-    if target.gpu.arch in found:
-        return None
-    return f"The machine's {target.api} GPU is {', '.join(found) or 'missing'}, {target.name} has {target.gpu.arch}."
+    wanted = target.match.gpu or target.gpu.arch
+    gpus = [gpu for gpu in machine.accelerators if gpu.api == target.api]
+    found = [gpu.name if target.match.gpu else gpu.arch or gpu.name for gpu in gpus]
+    return f"The machine's {target.api} GPU is {', '.join(found) or 'missing'}, {target.name} has {wanted}."
 
 
 def _gib(size: float) -> str:
@@ -139,8 +156,9 @@ def _host(machine: Machine) -> Target:
 
 def _completed(target: Target, machine: Machine) -> Target:
     memory, cpu = target.memory, target.cpu
-    if memory.total_bytes is None and machine.memory_bytes:
-        memory = msgspec.structs.replace(memory, total_bytes=Figure(machine.memory_bytes, READ_HERE))
+    size = _own_memory(target, machine) or machine.memory_bytes
+    if memory.total_bytes is None and size:
+        memory = msgspec.structs.replace(memory, total_bytes=Figure(size, READ_HERE))
     if cpu.cores is None and machine.cores:
         cpu = msgspec.structs.replace(cpu, cores=Figure(machine.cores, READ_HERE))
     return msgspec.structs.replace(target, memory=memory, cpu=cpu)

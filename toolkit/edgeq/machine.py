@@ -37,8 +37,10 @@ _ARM_PARTS = {
     0xD42: "Cortex-A78AE",
     0xD49: "Neoverse-N2",
     0xD4F: "Neoverse-V2",
+    0xD83: "Neoverse-V3AE",
 }
 _JETSON_ARCH = {"Thor": "sm_110", "Orin": "sm_87", "Xavier": "sm_72", "Nano": "sm_53"}
+_DECK_ARCH = {"Jupiter": "gfx1033", "Galileo": "gfx1033"}  # products of Valve: Steam Deck LCD and OLED
 _MAC_ISA = {"AdvSIMD": "neon", "FEAT_DotProd": "dotprod", "FEAT_FP16": "fp16", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16"}
 
 
@@ -53,7 +55,10 @@ class Accelerator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One machine: `cores` are physical, `memory_bytes` is the container's limit where that is below `ram_bytes`."""
+    """One machine: `cores` are physical, `memory_bytes` is the container's limit where that is below `ram_bytes`.
+
+    `product` is the name that the firmware gives the computer (DMI); boards have a `device_tree` model instead.
+    """
 
     cpu_model: str
     arch: str
@@ -69,6 +74,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     governor: str | None
     accelerators: tuple[Accelerator, ...]
     python: str
+    product: str | None = None
 
 
 def this_machine(root: Path = ROOT) -> Machine:
@@ -79,6 +85,7 @@ def this_machine(root: Path = ROOT) -> Machine:
     blocks = _cpuinfo(root)
     ram = _meminfo(root, "MemTotal")
     device_tree = _text(root / "proc/device-tree/model")
+    product = _text(root / "sys/class/dmi/id/product_name")
     return Machine(
         cpu_model=_cpu_model(blocks),
         arch=_arch(root, blocks),
@@ -92,8 +99,9 @@ def this_machine(root: Path = ROOT) -> Machine:
         kernel=_text(root / "proc/sys/kernel/osrelease"),
         device_tree=device_tree,
         governor=_governor(root, cpus),
-        accelerators=_jetson(device_tree) or (_nvidia() if root == ROOT else ()),
+        accelerators=_jetson(device_tree) or _deck(product) or (_nvidia() if root == ROOT else ()),
         python=platform.python_version(),
+        product=product,
     )
 
 
@@ -198,6 +206,11 @@ def _jetson(device_tree: str | None) -> tuple[Accelerator, ...]:
         return ()
     arch = next((arch for word, arch in _JETSON_ARCH.items() if word in device_tree), None)
     return (Accelerator(name=f"integrated GPU of {device_tree}", api="cuda", arch=arch),)
+
+
+def _deck(product: str | None) -> tuple[Accelerator, ...]:
+    arch = _DECK_ARCH.get(product or "")
+    return (Accelerator(name=f"integrated GPU of {product}", api="vulkan", arch=arch),) if arch else ()
 
 
 def _nvidia() -> tuple[Accelerator, ...]:

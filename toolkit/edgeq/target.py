@@ -15,6 +15,8 @@ Api = Literal["cuda", "metal", "vulkan", "cpu"]
 BackendName = Literal["onnx", "llamacpp", "mlc", "null"]
 HOST = "host"
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
+_CMAKE_ARGUMENT = re.compile(r"-D\w+=[\w./;:+-]+")
+_PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*")
 
 
 class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -40,7 +42,10 @@ class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """RAM that models live in: its size, the share left for a model (0 to 1), and the theoretical bandwidth."""
+    """Memory that models live in: its size, the share left for a model (0 to 1), and the theoretical bandwidth.
+
+    It is the GPU's own where the GPU has its own, else the RAM.
+    """
 
     total_bytes: Figure | None = None
     usable_share: Figure | None = None
@@ -60,15 +65,39 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     int8_op_per_s: Figure | None = None
 
 
+class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How llama.cpp is compiled on the device: CMake's arguments beside its API's own, and the system's packages."""
+
+    cmake_args: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for word in self.cmake_args:
+            if not _CMAKE_ARGUMENT.fullmatch(word):
+                raise ValueError(f"cmake_args: {word!r} is not -DNAME=VALUE without spaces and quotes")
+        for word in self.packages:
+            if not _PACKAGE.fullmatch(word):
+                raise ValueError(f"packages: {word!r} is not the name of a package")
+
+
+class Onnx(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which of ONNX Runtime's execution providers runs the device's bundles."""
+
+    provider: Literal["cpu", "webgpu", "cuda"] = "cpu"
+
+
 class Match(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a machine is recognised: `isa` it has, `without` it has not, and parts of its device-tree model, all of them.
 
-    A machine with a faster instruction set than the target's is another device: what it measures is not this target's.
+    `product` is the firmware's name of the computer, `gpu` the driver's name of its GPU, both whole. A machine with a
+    faster instruction set than the target's is another device: what it measures is not this target's.
     """
 
     isa: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     device_tree: tuple[str, ...] = ()
+    product: str | None = None
+    gpu: str | None = None
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -85,6 +114,8 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     match: Match
     backends: tuple[BackendName, ...]
     recipes: tuple[str, ...]
+    llamacpp: LlamaCpp = LlamaCpp()
+    onnx: Onnx = Onnx()
     notes: tuple[str, ...] = ()
     sources: tuple[str, ...]
 
