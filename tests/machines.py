@@ -8,7 +8,7 @@ from pathlib import Path
 AVX2 = "fpu sse4_2 avx f16c fma avx2 lm"
 AVX512_VNNI = f"{AVX2} avx512f avx512dq avx512bw avx512vl avx512_vnni avx512_bf16"
 ARMV8_2 = "fp asimd evtstrm aes crc32 atomics fphp asimdhp cpuid asimdrdm asimddp"
-A55, A76, A78AE = "0xd05", "0xd0b", "0xd42"
+A55, A76, A78AE, V3AE = "0xd05", "0xd0b", "0xd42", "0xd83"
 
 
 def write(root: Path, files: Mapping[str, str]) -> Path:
@@ -119,6 +119,32 @@ def jetson_orin_nano_super(root: Path, model: str = "Orin Nano Engineering Refer
         | process("0-5")
         | board(f"NVIDIA Jetson {model}")
         | system("Ubuntu 22.04.5 LTS", "5.15.148-tegra"),
+    )
+
+
+def jetson_agx_thor(root: Path) -> Path:
+    """Jetson AGX Thor developer kit, 128 GB, as a report of L4T 38.2 shows it."""
+    return write(
+        root,
+        arm((V3AE,) * 14, f"{ARMV8_2} sve i8mm bf16 sve2")
+        | cpus(tuple(map(str, range(14))), cpufreq__scaling_governor=("schedutil",) * 14)
+        | memory(128765952)
+        | process("0-13")
+        | board("NVIDIA Jetson AGX Thor Developer Kit")
+        | system("Ubuntu 24.04.3 LTS", "6.8.12-tegra"),
+    )
+
+
+def steam_deck(root: Path, product: str = "Galileo") -> Path:
+    """Steam Deck; the OLED model unless told otherwise."""
+    return write(
+        root,
+        x86("AMD Custom APU 0932", AVX2, 8)
+        | cpus(("0,4", "1,5", "2,6", "3,7") * 2, cpufreq__scaling_governor=("schedutil",) * 8)
+        | memory(15173012, 8388604)
+        | process("0-7")
+        | {"sys/class/dmi/id/product_name": f"{product}\n"}
+        | system("SteamOS Holo", "6.11.11-valve24-2-neptune-611"),
     )
 
 

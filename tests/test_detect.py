@@ -11,6 +11,7 @@ import machines
 from edgeq import backends, detect, target
 from edgeq.errors import MissingTool, UsageFault
 from edgeq.machine import Accelerator, Machine, this_machine
+from edgeq.target import Figure
 
 MACHINES = [
     (machines.cloud_vm, "x86-avx512-vnni"),
@@ -18,6 +19,7 @@ MACHINES = [
     (machines.container, "x86-avx2"),
     (machines.raspberry_pi_5, "raspberry-pi-5-8gb"),
     (machines.jetson_orin_nano_super, "jetson-orin-nano-super-8gb"),
+    (machines.jetson_agx_thor, "jetson-agx-thor"),
     (machines.rk3588, None),
 ]
 
@@ -37,6 +39,69 @@ def test_each_machine_is_its_target_and_no_other(
     assert [word for word in target.names() if detect.mismatch(target.load(word), machine) is None] == [name] * (
         name is not None
     )
+
+
+def test_a_steam_deck_is_itself_before_it_is_a_computer_with_avx2(tmp_path: Path) -> None:
+    machine = this_machine(machines.steam_deck(tmp_path))
+    assert [(gpu.api, gpu.arch) for gpu in machine.accelerators] == [("vulkan", "gfx1033")]
+    found = detect.closest(machine)
+    assert found is not None
+    assert found.name == "steam-deck-oled"
+    assert detect.mismatch(target.load("x86-avx2"), machine) is None
+
+
+def test_the_steam_deck_with_the_other_screen_is_another_device(tmp_path: Path) -> None:
+    machine = this_machine(machines.steam_deck(tmp_path, product="Jupiter"))
+    assert "'Jupiter'" in (detect.mismatch(target.load("steam-deck-oled"), machine) or "")
+    assert "'nothing'" in (
+        detect.mismatch(target.load("steam-deck-oled"), msgspec.structs.replace(machine, product=None)) or ""
+    )
+
+
+LAPTOP_GPU = Accelerator(
+    name="NVIDIA GeForce RTX 4060 Laptop GPU", api="cuda", arch="sm_89", memory_bytes=8188 << 20, driver="580.65"
+)
+
+
+def test_a_laptop_is_known_by_the_name_and_the_own_memory_of_its_gpu(tmp_path: Path) -> None:
+    machine = msgspec.structs.replace(this_machine(machines.desktop(tmp_path)), accelerators=(LAPTOP_GPU,))
+    laptop = target.load("rtx-4060-laptop")
+    assert detect.closest(machine) == laptop
+    assert detect.resolve("host", machine).cpu.cores == Figure(4, detect.READ_HERE)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"name": "NVIDIA GeForce RTX 4090", "memory_bytes": 24564 << 20}, "is NVIDIA GeForce RTX 4090,"),
+        ({"memory_bytes": 5 << 30}, "5.0 GiB"),
+        ({"api": "vulkan"}, "cuda GPU is missing"),
+    ],
+)
+def test_another_gpu_is_another_laptop(tmp_path: Path, change: dict[str, object], reason: str) -> None:
+    gpu = msgspec.structs.replace(LAPTOP_GPU, **change)
+    machine = msgspec.structs.replace(this_machine(machines.desktop(tmp_path)), accelerators=(gpu,))
+    assert reason in (detect.mismatch(target.load("rtx-4060-laptop"), machine) or "")
+
+
+def test_memory_of_an_unknown_machine_is_its_gpus_own(tmp_path: Path) -> None:
+    gpu = msgspec.structs.replace(LAPTOP_GPU, name="NVIDIA GeForce RTX 4050 Laptop GPU", memory_bytes=6 << 30)
+    machine = msgspec.structs.replace(this_machine(machines.desktop(tmp_path)), isa=("avx2",), accelerators=(gpu,))
+    assert detect.resolve("host", machine).memory.total_bytes == Figure(6 << 30, detect.READ_HERE)
+
+
+@pytest.mark.parametrize(("name", "same"), [("Apple M4", True), ("Apple M4 Pro", False)])
+def test_a_mac_is_known_by_its_chip(vm: Machine, name: str, same: bool) -> None:
+    mac = msgspec.structs.replace(
+        vm,
+        arch="aarch64",
+        isa=("neon", "dotprod", "fp16", "i8mm", "bf16"),
+        os="macOS 15.5",
+        ram_bytes=24 << 30,
+        accelerators=(Accelerator(name=name, api="metal"),),
+    )
+    assert (detect.mismatch(target.load("apple-m4"), mac) is None) == same
+    assert detect.resolve("host", mac).name == ("apple-m4" if same else "host")
 
 
 def test_host_is_the_shipped_target_with_its_gaps_filled_from_the_machine(vm: Machine) -> None:

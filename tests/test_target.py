@@ -63,6 +63,37 @@ def test_jetson_is_the_orin_nano_super_in_any_case() -> None:
     assert target.load("Jetson").name == target.load("JETSON-ORIN-NANO-SUPER-8GB").name == "jetson-orin-nano-super-8gb"
 
 
+@pytest.mark.parametrize(
+    ("alias", "name", "api"),
+    [
+        ("steamdeck", "steam-deck-oled", "vulkan"),
+        ("thor", "jetson-agx-thor", "cuda"),
+        ("rtx-4060-laptop", "geforce-rtx-4060-laptop-8gb", "cuda"),
+        ("mac-m4", "apple-m4", "metal"),
+        ("pi5", "raspberry-pi-5-8gb", "cpu"),
+    ],
+)
+def test_devices_by_their_short_names(alias: str, name: str, api: str) -> None:
+    found = target.load(alias)
+    assert (found.name, found.api) == (name, api)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_gpu_is_used_by_the_backend_that_can(name: str) -> None:
+    found = target.load(name)
+    assert found.backends[0] == ("onnx" if found.api == "cpu" else "llamacpp")
+    assert found.recipes[0].endswith("-kv16") == (found.api != "cpu")
+    assert set(found.recipes) >= {"w4g32-e8-rtn", "w16"}, "backends without a float16 cache need recipes too"
+
+
+def test_options_of_an_engine_are_the_targets_own(changed: Callable[[str, str], str]) -> None:
+    assert target.load("pi5").onnx.provider == "cpu"
+    assert target.load(changed("[match]", '[onnx]\nprovider = "webgpu"\n\n[match]')).onnx.provider == "webgpu"
+    found = target.load(changed('packages = ["build', 'cmake_args = ["-DGGML_NATIVE=OFF"]\npackages = ["build'))
+    assert found.llamacpp.cmake_args == ("-DGGML_NATIVE=OFF",)
+    assert found.llamacpp.packages == ("build-essential",)
+
+
 def test_a_file_of_ones_own_is_a_target(changed: Callable[[str, str], str]) -> None:
     assert target.load(changed("Raspberry Pi 5 8GB", "Mine")).title == "Mine"
 
@@ -93,6 +124,10 @@ def test_a_missing_file_is_the_users_fault() -> None:
         ("value = 4,", "", "value"),
         ("[memory]", '[memory]\nusable_share = { value = 1.5, source = "hope" }', "usable_share"),
         ("[memory]", '[memory]\nusable_share = { value = 0.5, source = "" }', "source is empty"),
+        ("[memory]", '[onnx]\nprovider = "rocm"\n[memory]', "rocm"),
+        ("[memory]", "[onnx]\nthreads = 4\n[memory]", "unknown field"),
+        ("[llamacpp]", '[llamacpp]\ncmake_args = ["-DA=\'; rm"]', "-DNAME=VALUE"),
+        ('["build-essential"]', '["build-essential; reboot"]', "not the name of a package"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_reason(

@@ -16,9 +16,15 @@ _BACKENDS = {"cuda": "-DGGML_CUDA=on", "metal": "-DGGML_METAL=on", "vulkan": "-D
 
 
 def line(target: Target) -> str:
-    """Command that installs edgeq with llama.cpp on a target."""
-    compute = target.gpu.arch.removeprefix("sm_") if target.gpu and target.gpu.arch.startswith("sm_") else ""
-    return line_for(target.api, target.cpu.arch, compute)
+    """Command that installs edgeq with llama.cpp on a target; packages of its system that compiling needs follow #."""
+    packages = target.llamacpp.packages
+    needs = f"  # compiles with the system's packages: {' '.join(packages)}" if packages else ""
+    return f"{_cmake_args(target)} pip install 'edgeq[llamacpp]'{needs}"
+
+
+def again(target: Target, version: str) -> str:
+    """Command that compiles a version anew: pip would keep what is installed, or what it compiled for another API."""
+    return f"{_cmake_args(target)} pip install --force-reinstall --no-cache-dir --no-deps llama-cpp-python=={version}"
 
 
 def lines(target: Target) -> str:
@@ -28,14 +34,18 @@ def lines(target: Target) -> str:
     return f"{line_for('cpu')} here; on {target.title}: {line(target)}"
 
 
-def line_for(api: str, arch: str = "", compute: str = "") -> str:
-    """Command that installs edgeq with llama.cpp for an API, on this machine's processor where none is given.
+def line_for(api: str) -> str:
+    """Command that installs edgeq with llama.cpp for an API, on this machine."""
+    return f"CMAKE_ARGS='{' '.join(_words(api, platform.machine()))}' pip install 'edgeq[llamacpp]'"
 
-    `compute` is CUDA's compute capability without its point, such as 87.
-    """
-    words = [CMAKE_ARGS.get(arch or platform.machine(), "-DLLAVA_BUILD=OFF")]
-    if api in _BACKENDS:
-        words.append(_BACKENDS[api])
-    if api == "cuda" and compute:
-        words.append(f"-DCMAKE_CUDA_ARCHITECTURES={compute}")
-    return f"CMAKE_ARGS='{' '.join(words)}' pip install 'edgeq[llamacpp]'"
+
+def _cmake_args(target: Target) -> str:
+    words = _words(target.api, target.cpu.arch)
+    if target.api == "cuda" and target.gpu and target.gpu.arch.startswith("sm_"):
+        words.append(f"-DCMAKE_CUDA_ARCHITECTURES={target.gpu.arch.removeprefix('sm_')}")
+    return f"CMAKE_ARGS='{' '.join((*words, *target.llamacpp.cmake_args))}'"
+
+
+def _words(api: str, arch: str) -> list[str]:
+    words = [CMAKE_ARGS.get(arch, "-DLLAVA_BUILD=OFF")]
+    return [*words, _BACKENDS[api]] if api in _BACKENDS else words
