@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.metadata
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import machines
@@ -116,6 +117,39 @@ def test_a_jetson_without_a_gpu_backend_fails(tmp_path: Path) -> None:
     found = ask(machines.jetson_orin_nano_super(tmp_path), "jetson")
     assert found["machine"].status == "PASSED"
     assert found["gpu"].status == "FAILED"
+
+
+LLAMA_CPP = ("c++ compiler", "nvcc", "nvidia driver", "llama.cpp", "llama.cpp devices")
+
+
+def test_a_jetson_without_llama_cpp_is_told_what_compiles_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin")
+    root = machines.jetson_orin_nano_super(tmp_path)
+    machines.write(root, {"usr/lib/aarch64-linux-gnu/nvidia/libcuda.so.1": "", "usr/bin/c++": ""})
+    (root / "usr/bin/c++").chmod(0o755)
+    found = ask(root, "jetson")
+    assert [found[name].status for name in LLAMA_CPP] == ["PASSED", "FAILED", "PASSED", "FAILED", "UNKNOWN"]
+    assert "-DCMAKE_CUDA_ARCHITECTURES=87" in found["llama.cpp"].remedy
+
+
+def test_llama_cpp_of_another_device_is_unknown_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeq.backends.llamacpp.checks.ask", lambda: pytest.fail("asked here"))
+    found = ask(machines.cloud_vm(tmp_path), "jetson")
+    assert {found[name].status for name in LLAMA_CPP} == {"UNKNOWN"}
+    assert found["nvcc"].expected == "nvcc that knows sm_87 (CUDA 11.4 or newer)"
+
+
+def test_llama_cpp_that_a_target_can_do_without_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/usr/bin")
+    found = ask(machines.raspberry_pi_5(tmp_path), "pi5")
+    assert {found[name].status for name in ("c++ compiler", "llama.cpp", "llama.cpp devices")} == {"UNKNOWN"}
+    assert found["c++ compiler"].remedy.startswith("only for the llamacpp backend: install a C++ compiler")
+
+
+def test_a_target_without_llama_cpp_is_not_asked_for_it(tmp_path: Path) -> None:
+    alone = msgspec.structs.replace(target.load("x86-avx512-vnni"), backends=("onnx",))
+    names = {check.name for check in doctor.checks(alone, machines.cloud_vm(tmp_path))}
+    assert not names & set(LLAMA_CPP)
 
 
 def test_no_usable_backend_fails_with_its_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

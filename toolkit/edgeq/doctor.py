@@ -51,6 +51,7 @@ def checks(target: Target, root: Path = ROOT) -> list[Check]:
         found.append(_gpu(target, machine))
     return [
         *found,
+        *_llamacpp(target, machine, root),
         _memory(machine),
         _cores(machine, physical_cores(root)),
         _governor(machine),
@@ -165,6 +166,15 @@ def _gpu(target: Target, machine: Machine) -> Check:
         return _check("gpu", bool(usable), expected, observed, "without such a backend bundles run on the CPU")
     here = detect.mismatch(target, machine) is None
     return _check("gpu", False if here else None, expected, observed, "check again on the device itself")
+
+
+def _llamacpp(target: Target, machine: Machine, root: Path) -> list[Check]:
+    if "llamacpp" not in target.backends:
+        return []
+    from edgeq.backends.llamacpp import checks
+
+    here = detect.mismatch(target, machine) is None
+    return [_check(*found) for found in checks.findings(target, machine, root, here=here)]
 
 
 def _memory(machine: Machine) -> Check:

@@ -13,6 +13,11 @@ NVCC = "-DCMAKE_CUDA_COMPILER=/usr/local/cuda/bin/nvcc"
 ARM, X86 = "-DLLAVA_BUILD=OFF", "-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def installed() -> None:
+    """Lines are for those who have no llama.cpp."""
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "packages"),
     [

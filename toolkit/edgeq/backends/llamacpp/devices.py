@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from edgeq.profiles import Placement
 
@@ -31,6 +34,25 @@ class Device:
     def software(self) -> bool:
         """Whether the CPU imitates it."""
         return self.api != "cpu" and any(word in self.description for word in _IMITATIONS)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the installed llama.cpp says of itself: APIs compiled in, devices, and its line of features."""
+
+    backends: tuple[str, ...]
+    devices: tuple[Device, ...]
+    features: str
+
+
+def report() -> Report:
+    """Report of the library in this process; `python -m` of this module writes it as JSON.
+
+    Raises ImportError, OSError or RuntimeError when it cannot be loaded; one that was compiled for another processor or
+    driver may end the process.
+    """
+    features = _function("llama_print_system_info", ctypes.c_char_p)
+    return Report(backends(), found(), features().decode(errors="replace"))
 
 
 def found() -> tuple[Device, ...]:
@@ -106,3 +128,7 @@ def _function(name: str, kind: type) -> Any:
     function = llama_cpp.llama_cpp._lib[name]
     function.restype = kind
     return function
+
+
+if __name__ == "__main__":
+    sys.stdout.buffer.write(msgspec.json.encode(report()) + b"\n")
