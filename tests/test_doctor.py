@@ -143,7 +143,7 @@ def test_llama_cpp_that_a_target_can_do_without_is_no_fault(tmp_path: Path, monk
     monkeypatch.setenv("PATH", "/usr/bin")
     found = ask(machines.raspberry_pi_5(tmp_path), "pi5")
     assert {found[name].status for name in ("c++ compiler", "llama.cpp", "llama.cpp devices")} == {"UNKNOWN"}
-    assert found["c++ compiler"].remedy.startswith("only for the llamacpp backend: install a C++ compiler")
+    assert found["c++ compiler"].remedy.startswith("only for the llamacpp backend: install build-essential")
 
 
 def test_a_target_without_llama_cpp_is_not_asked_for_it(tmp_path: Path) -> None:

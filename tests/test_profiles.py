@@ -39,6 +39,7 @@ _DOCUMENT: dict[str, Any] = {
         "governor": None,
         "accelerators": [],
         "python": "3.11",
+        "product": None,
     },
     "load": {"warm_s": 0.5, "cold_s": None, "reason": "the page cache keeps the files"},
     "first_token_s": _SPREAD,

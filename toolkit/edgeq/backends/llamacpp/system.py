@@ -165,8 +165,8 @@ _DRIVERS: dict[str, tuple[Callable[[Target, Machine, Path], Finding], ...]] = {
 
 
 def _packages(target: Target, what: str) -> str:
-    names = " ".join(target.llamacpp.packages)
-    return f"install {what}" + (f"; the packages there: {names}" if names else "")
+    """Remedy: the target's own packages where its file names them, else `what` is missing."""
+    return f"install {' '.join(target.llamacpp.packages) or what}"
 
 
 def _program(name: str, root: Path, *folders: str) -> Path | None:
