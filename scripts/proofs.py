@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 ROOT = Path(__file__).resolve().parent.parent
-SAVED = ROOT / "profiles" / "proofs"
+SAVED = ROOT / "tests" / "proofs"
 SKIPPED = 77
 """Exit code of a script that could not run here, as in automake: its last line on stderr says why."""
 
@@ -123,7 +123,7 @@ def dequantized_logits(model: str, recipe_name: str, ids: NDArray[np.int32]) -> 
 
 
 def record(proofs: Sequence[Proof], versions: dict[str, str], save: bool) -> None:
-    """Write what was proven to the cache folder, and into profiles/proofs for README's table when `save`."""
+    """Write what was proven to the cache folder, and into tests/proofs for README's table when `save`."""
     name = f"{Path(sys.argv[0]).name.removeprefix('verify_')}.json"
     text = json.dumps({"versions": versions, "proofs": [asdict(proof) for proof in proofs]}, indent=1) + "\n"
     for folder in (cache("proofs"), *([SAVED] if save else [])):
