@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU: the model builder's graph, edgeq's weights, a plain InferenceSession."""
+"""ONNX Runtime on the CPU, WebGPU or CUDA: the model builder's graph, edgeq's weights, a plain InferenceSession."""
 
 from __future__ import annotations
 
@@ -50,6 +50,11 @@ def tools(target: Target) -> tuple[str, ...]:  # noqa: ARG001
     return tuple(found)
 
 
+def provider(target: Target) -> str:
+    """`cpu`, `webgpu` or `cuda`, as the target says."""
+    return target.onnx.provider
+
+
 def build(job: Job, out: Path) -> None:
     """Write model.onnx, its weights and genai_config.json into `out`."""
     from edgeq.backends.onnx import graph, weights
@@ -59,7 +64,7 @@ def build(job: Job, out: Path) -> None:
 
 
 def load(folder: Path, bundle: Bundle) -> Session:
-    """Session of a built folder on ONNX Runtime's CPU provider."""
+    """Session of a built folder on its provider, or on the CPU where that is absent."""
     from edgeq.backends.onnx.session import OnnxSession
 
     return OnnxSession(folder, bundle)

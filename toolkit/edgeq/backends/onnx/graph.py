@@ -21,6 +21,7 @@ from edgeq.checkpoint import Checkpoint
 
 _SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
 _LAST_TOKEN, _AS_SEQUENCE = "/lm_head/prune/Gather", "/lm_head/prune/Unsqueeze"
+_FLOATS = {"cpu": "FLOAT", "webgpu": "FLOAT", "cuda": "FLOAT16"}  # CUDA has no attention in float32
 _GENAI_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_5_text": "qwen3_5_text"}
 
 
@@ -28,10 +29,10 @@ def skeleton(job: Job, out: Path) -> Any:
     """Graph (onnx_ir.Model) whose large initializers have shape but no data; writes genai_config.json into `out`.
 
     Its logits are those of the last token: in a prompt the output layer is a quarter of Qwen3-0.6B's arithmetic, and a
-    third of Qwen3.5-0.8B's.
+    third of Qwen3.5-0.8B's. The norms of Qwen3's queries and keys stay operators of their own: fused into attention, as
+    the builder does for GPUs, they would run on no CPU, and no build machine could check the graph.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnx_ir as ir
     from transformers import AutoConfig
 
     checkpoint = job.checkpoint
@@ -45,15 +46,16 @@ def skeleton(job: Job, out: Path) -> Any:
         config._name_or_path = side
         builder = _builder(checkpoint)(
             copy.deepcopy(config),
-            ir.DataType.FLOAT,
-            ir.DataType.FLOAT,
-            "cpu",
+            floats(job),
+            floats(job),
+            job.target.onnx.provider,
             side,
             {
                 "shared_embeddings": checkpoint.model.tied,
                 "op_types_to_quantize": ("MatMul", "Gather"),
                 "hf_token": False,
                 "prune_lm_head": True,
+                "fuse_qk_norm_gqa": False,
             },
         )
         builder.model_type = _GENAI_TYPES[checkpoint.model.model_type]
@@ -61,6 +63,13 @@ def skeleton(job: Job, out: Path) -> Any:
         builder.make_genai_config(config, {}, str(out))
     builder.model.graph.sort()
     return builder.model
+
+
+def floats(job: Job) -> Any:
+    """Type (onnx_ir.DataType) of activations, states, norms and scales."""
+    import onnx_ir as ir
+
+    return ir.DataType[_FLOATS[job.target.onnx.provider]]
 
 
 def all_positions(model: Any) -> Any:

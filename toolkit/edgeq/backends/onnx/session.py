@@ -1,8 +1,9 @@
-"""A bundle on ONNX Runtime: past and present states share one buffer each, bound once for a text."""
+"""A bundle on ONNX Runtime: past and present states share one buffer each on the device, bound once for a text."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.backends.onnx.weights import MODEL, SCORER
+from edgeq.backends.base import Placement
+from edgeq.backends.onnx import cuda, device, webgpu
+from edgeq.backends.onnx.weights import DATA, MODEL, SCORER
 from edgeq.bundle import Bundle
 from edgeq.errors import BackendFault, MissingTool, UsageFault
 from edgeq.machine import physical_cores
@@ -19,32 +22,45 @@ from edgeq.profiles import Placement
 
 PROMPT_CHUNK = 512
 SCORE_CHUNK = 128
+_FIND = {"cpu": device.cpu, "webgpu": webgpu.find, "cuda": cuda.find}
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_LAYER = re.compile(r"/model/layers\.(\d+)/")
 
 
 class OnnxSession:
-    """Greedy decoding and logits of one bundle; batch size 1, float32 states.
+    """Greedy decoding and logits of one bundle; batch size 1.
 
     One graph is loaded at a time: the one that gives the last token's logits for `generate`, the one that gives all for
     `logits`. Chunks bound the memory: of activations in a prompt, of logits in a text that is scored. Threads do not
     spin while they wait: beside any other work, spinning halves the decode speed.
+    Where the bundle's accelerator is absent the CPU runs the same graph: `placement` says what runs where, `fallback`
+    why the accelerator does not (empty when it does).
     Raises BackendFault when ONNX Runtime refuses the model, UsageFault when tokens exceed the bundle's context.
     """
 
+    placement: tuple[Placement, ...]
+
     def __init__(self, folder: Path, bundle: Bundle) -> None:
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         self._folder = folder
         self._context = bundle.context
-        model = read_config(bundle.config)
-        self._head_dim = model.head_dim
-        self.placement = (Placement(provider="cpu", device="CPU", layers=model.layers + 1, bytes=None),)
+        self._model = read_config(bundle.config)
         self._graph = ""
+        self.fallback = ""
+        if bundle.provider not in _FIND:
+            raise BackendFault(f"{folder}: provider {bundle.provider!r} is unknown", run="pip install --upgrade edgeq")
+        try:
+            self._device = _FIND[bundle.provider]()
+        except MissingTool as missing:
+            self._fall_back(str(missing))
         self._load(MODEL)
 
     def generate(self, ids: Sequence[int], tokens: int) -> Iterator[int]:
         """Greedy continuation; end-of-sequence tokens are not special here."""
         self._load(MODEL)
         self._reset(len(ids) + tokens)
-        for start in range(0, len(ids), PROMPT_CHUNK):
-            logits = self._step(ids[start : start + PROMPT_CHUNK])
+        for chunk in self._chunks(ids, PROMPT_CHUNK):
+            logits = self._step(chunk)
         for _ in range(tokens - 1):
             token = int(logits[-1].argmax())
             yield token
@@ -55,8 +71,7 @@ class OnnxSession:
         """Logits after each token, shape [len(ids), vocabulary]."""
         self._load(SCORER)
         self._reset(len(ids))
-        starts = range(0, len(ids), SCORE_CHUNK)
-        return np.concatenate([self._step(ids[start : start + SCORE_CHUNK]) for start in starts])
+        return np.concatenate([self._step(chunk) for chunk in self._chunks(ids, SCORE_CHUNK)])
 
     def close(self) -> None:
         """Release the engine and its buffers."""
@@ -64,27 +79,47 @@ class OnnxSession:
         self._engine: Any = None
         self._graph = ""
 
+    def _chunks(self, ids: Sequence[int], most: int) -> Iterator[Sequence[int]]:
+        step = min(most, self._device.chunk or most)
+        return (ids[start : start + step] for start in range(0, len(ids), step))
+
+    def _fall_back(self, reason: str) -> None:
+        self.fallback = reason
+        self._device = device.cpu()
+
     def _load(self, graph: str) -> None:
         if self._graph == graph:
             return
         self.close()
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise MissingTool("onnxruntime cannot be imported", why=str(error), run="pip install edgeq") from error
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = physical_cores()
-        options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
         path = str(self._folder / graph)
-        try:
-            self._engine = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            raise BackendFault(f"{path}: ONNX Runtime {ort.__version__} cannot load it", why=str(error)) from error
+        if self._device.provider != "cpu":
+            try:
+                self._engine = self._device.open(path, _options())
+            except Exception as error:
+                self._fall_back(f"{self._device.name} cannot be used\n{_reason(error)}")
+        if self._engine is None:
+            self._engine = _open_on_cpu(path)
         self._graph = graph
-        self._inputs = {entry.name: entry.shape for entry in self._engine.get_inputs()}
+        self._inputs = {entry.name: entry for entry in self._engine.get_inputs()}
+        self.placement = self._placed()
+
+    def _placed(self) -> tuple[Placement, ...]:
+        """Which decoder layers run on the device, and which are left to the CPU."""
+        place, layers = self._device, self._model.layers
+        size = (self._folder / DATA).stat().st_size
+        if place.provider == "cpu":
+            return (Placement(place.provider, place.name, layers, size, place.software),)
+        elsewhere = set()
+        for part in self._engine.get_provider_graph_assignment_info():
+            if part.ep_name != place.engine:
+                elsewhere |= {int(match[1]) for node in part.get_nodes() if (match := _LAYER.match(node.name))}
+        left = len(elsewhere & set(range(layers)))
+        if not left:
+            return (Placement(place.provider, place.name, layers, size, place.software),)
+        return (
+            Placement(place.provider, place.name, layers - left, None, place.software),
+            Placement("cpu", device.cpu().name, left, None, False),
+        )
 
     def _reset(self, capacity: int) -> None:
         """Empty states with room for `capacity` tokens."""
@@ -95,13 +130,13 @@ class OnnxSession:
                 f"{capacity} tokens do not fit the bundle's context of {self._context}",
                 run="edgeq build ... --context with a larger number",
             )
-        sizes = {"batch_size": 1, "past_sequence_length": capacity, "kv_cache_dim": self._head_dim}
+        sizes = {"batch_size": 1, "past_sequence_length": capacity, "kv_cache_dim": self._model.head_dim}
         self._length = 0
         self._binding = self._engine.io_binding()
-        for name, shape in self._inputs.items():
+        for name, entry in self._inputs.items():
             if name.startswith("past"):
-                zeros = np.zeros([sizes.get(size, size) for size in shape], np.float32)
-                state = ort.OrtValue.ortvalue_from_numpy(zeros)
+                zeros = np.zeros([sizes.get(size, size) for size in entry.shape], _TYPES[entry.type])
+                state = ort.OrtValue.ortvalue_from_numpy(zeros, self._device.memory)
                 self._binding.bind_ortvalue_input(name, state)
                 self._binding.bind_ortvalue_output(
                     name.replace("past_key_values", "present").replace("past", "present"), state
@@ -121,4 +156,32 @@ class OnnxSession:
         except Exception as error:
             raise BackendFault(f"{self._folder / self._graph}: ONNX Runtime failed", why=str(error)) from error
         self._length = total
-        return np.asarray(binding.get_outputs()[-1].numpy()[0])
+        return np.asarray(binding.get_outputs()[-1].numpy()[0], np.float32)
+
+
+def _options() -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = physical_cores()
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options.log_severity_level = 3
+    return options
+
+
+def _open_on_cpu(path: str) -> Any:
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise MissingTool("onnxruntime cannot be imported", why=str(error), run="pip install edgeq") from error
+    try:
+        return device.cpu().open(path, _options())
+    except Exception as error:
+        raise BackendFault(f"{path}: ONNX Runtime {ort.__version__} cannot load it", why=str(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].rpartition(" was false. ")[2]
