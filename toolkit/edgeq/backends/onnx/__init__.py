@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from pathlib import Path
 
@@ -56,9 +57,15 @@ def provider(target: Target) -> str:
 
 
 def build(job: Job, out: Path) -> None:
-    """Write model.onnx, its weights and genai_config.json into `out`."""
-    from edgeq.backends.onnx import graph, weights
+    """Write model.onnx, its weights and genai_config.json into `out`.
 
+    Raises BackendFault for CUDA on a machine whose installed onnxruntime has no kernels for its GPU.
+    """
+    from edgeq.backends.onnx import cuda, graph, weights
+
+    if provider(job.target) == "cuda":
+        with contextlib.suppress(MissingTool):  # a build host needs no GPU, but one without kernels is no device
+            cuda.find()
     model = graph.skeleton(job, out)
     weights.write(model, job, out)
 

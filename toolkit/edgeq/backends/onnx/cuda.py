@@ -50,7 +50,7 @@ def check(arch: str | None, library: Path) -> None:
 
     Nothing is known, and nothing raised, where the GPU's architecture is not, or where no kernels are found at all.
     """
-    kernels = set(read(library)) if library.is_file() else set()
+    kernels = set(read(library)) if library.is_file() and library.stat().st_size else set()
     if arch is None or not kernels or any(_runs(*kernel, int(arch.removeprefix("sm_"))) for kernel in kernels):
         return
     raise BackendFault(

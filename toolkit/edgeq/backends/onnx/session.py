@@ -94,7 +94,9 @@ class OnnxSession:
         path = str(self._folder / graph)
         if self._device.provider != "cpu":
             try:
-                self._engine = self._device.open(path, _options())
+                options = _options()
+                options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+                self._engine = self._device.open(path, options)
             except Exception as error:
                 self._fall_back(f"{self._device.name} cannot be used\n{_reason(error)}")
         if self._engine is None:
@@ -166,7 +168,6 @@ def _options() -> Any:
     options.intra_op_num_threads = physical_cores()
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     options.log_severity_level = 3
     return options
 
