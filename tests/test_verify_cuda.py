@@ -72,8 +72,8 @@ def test_each_operation_brings_its_files_once(script: Any) -> None:
 
 
 def test_an_operation_without_known_files_is_a_failure_that_names_it(script: Any) -> None:
-    with pytest.raises(SystemExit, match=r"use FLASH_ATTN_EXT, WKV: add"):
-        script.files_for({"ADD", "WKV", "FLASH_ATTN_EXT"})
+    with pytest.raises(SystemExit, match=r"use TRI, WKV: add"):
+        script.files_for({"ADD", "WKV", "TRI"})
 
 
 def test_files_are_compiled_for_the_jetson_and_only_once(script: Any, nvcc: Path, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_files_are_known_for_what_llama_cpp_really_runs(
         plan = planning.plan(
             str(tiny(generation)),
             target=script.TARGET,
-            recipe_name=script.RECIPE,
+            recipe_name=script.RECIPES[0],
             backend="llamacpp",
             context=256,
             out=tmp_path / "bundle",
@@ -129,6 +129,6 @@ def test_files_are_known_for_what_llama_cpp_really_runs(
     monkeypatch.setattr("edgeq.backends.llamacpp.session.physical_cores", lambda: 1)
     building.build(plan, quiet)
     used = script.operations_of(plan.out)
-    assert {"MUL_MAT", "RMS_NORM", "ROPE", "SOFT_MAX"} <= used
+    assert {"MUL_MAT", "RMS_NORM", "ROPE", "SOFT_MAX", "FLASH_ATTN_EXT"} <= used
     assert ("GATED_DELTA_NET" in used) == (generation == "3.5")
     assert set(script.files_for(used)) > {"mmvq", "norm", "rope", "softmax"}

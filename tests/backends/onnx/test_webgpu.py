@@ -18,11 +18,11 @@ import pytest
 from checkpoints import Build
 from edgeq import backends, bundle, target
 from edgeq.backends import onnx
-from edgeq.backends.base import Placement
 from edgeq.backends.onnx import device, session, webgpu, weights
 from edgeq.backends.onnx.device import Device
 from edgeq.backends.onnx.session import OnnxSession
 from edgeq.errors import BackendFault, MissingTool
+from edgeq.profiles import Placement
 
 GENERATIONS = ("2.5", "3", "3.5")
 RECIPE = "w4g32-e8-rtn"
@@ -109,7 +109,7 @@ def test_without_the_package_the_cpu_runs_it_and_the_session_says_why(built_for:
     found = load(folder)
     assert len(list(found.generate(IDS[:5], 3))) == 3
     (place,) = found.placement
-    assert (place.provider, place.layers, place.software) == ("cpu", 2, False)
+    assert (place.provider, place.layers, place.software) == ("cpu", 3, False)
     assert place.bytes == (folder / weights.DATA).stat().st_size
     assert found.fallback.startswith("the WebGPU provider is not installed")
     assert "pip install 'edgeq[webgpu]'" in found.fallback
@@ -193,11 +193,13 @@ def test_layers_that_the_engine_left_to_the_cpu_are_counted_there(
     built_for: Build, pretend: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = built_for("webgpu", "3", RECIPE)
-    assert load(folder).placement == (Placement("webgpu", "played", 2, (folder / weights.DATA).stat().st_size, True),)
+    assert load(folder).placement == (
+        Placement(provider="webgpu", device="played", layers=3, bytes=None, software=True),
+    )
     monkeypatch.setitem(session._FIND, "webgpu", lambda: dataclasses.replace(pretend, engine="another"))
     there, left = load(folder).placement
     assert (there.provider, there.layers, there.bytes) == ("webgpu", 0, None)
-    assert (left.provider, left.layers, left.software) == ("cpu", 2, False)
+    assert (left.provider, left.layers, left.software) == ("cpu", 3, False)
 
 
 def test_a_provider_of_a_later_edgeq_is_refused(built: Build) -> None:

@@ -18,9 +18,9 @@ SCALE_BITS = 32
 _BUILD_TOOLS = (*ENGINE, "onnxruntime-genai", "onnx-ir", "transformers", "torch", "numpy", "ml-dtypes")
 
 
-def provider(target: Target) -> str:  # noqa: ARG001
-    """ONNX Runtime's CPU provider, on every target."""
-    return "cpu"
+def provider(target: Target) -> str:
+    """`cpu`, `webgpu` or `cuda`, as the target says."""
+    return target.onnx.provider
 
 
 def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001
@@ -49,11 +49,6 @@ def tools(target: Target) -> tuple[str, ...]:  # noqa: ARG001
                 run="pip install 'edgeq[build]'",
             ) from error
     return tuple(found)
-
-
-def provider(target: Target) -> str:
-    """`cpu`, `webgpu` or `cuda`, as the target says."""
-    return target.onnx.provider
 
 
 def build(job: Job, out: Path) -> None:

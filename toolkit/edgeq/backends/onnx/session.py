@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.backends.base import Placement
 from edgeq.backends.onnx import cuda, device, webgpu
-from edgeq.backends.onnx.weights import DATA, MODEL, SCORER
+from edgeq.backends.onnx.weights import MODEL, SCORER
 from edgeq.bundle import Bundle
 from edgeq.errors import BackendFault, MissingTool, UsageFault
 from edgeq.machine import physical_cores
@@ -24,7 +23,7 @@ PROMPT_CHUNK = 512
 SCORE_CHUNK = 128
 _FIND = {"cpu": device.cpu, "webgpu": webgpu.find, "cuda": cuda.find}
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
-_LAYER = re.compile(r"/model/layers\.(\d+)/")
+_LAYER = re.compile(r"/model/layers\.(\d+)/|/lm_head/")
 
 
 class OnnxSession:
@@ -106,22 +105,22 @@ class OnnxSession:
         self.placement = self._placed()
 
     def _placed(self) -> tuple[Placement, ...]:
-        """Which decoder layers run on the device, and which are left to the CPU."""
-        place, layers = self._device, self._model.layers
-        size = (self._folder / DATA).stat().st_size
-        if place.provider == "cpu":
-            return (Placement(place.provider, place.name, layers, size, place.software),)
-        elsewhere = set()
-        for part in self._engine.get_provider_graph_assignment_info():
-            if part.ep_name != place.engine:
-                elsewhere |= {int(match[1]) for node in part.get_nodes() if (match := _LAYER.match(node.name))}
-        left = len(elsewhere & set(range(layers)))
-        if not left:
-            return (Placement(place.provider, place.name, layers, size, place.software),)
-        return (
-            Placement(place.provider, place.name, layers - left, None, place.software),
-            Placement("cpu", device.cpu().name, left, None, False),
+        """Layers on the device, and those of which a part is left to the CPU; ONNX Runtime tells no bytes."""
+        place, layers = self._device, self._model.layers + 1
+        left = 0 if place.provider == "cpu" else len(self._elsewhere())
+        placed = Placement(
+            provider=place.provider, device=place.name, layers=layers - left, bytes=None, software=place.software
         )
+        if not left:
+            return (placed,)
+        return placed, Placement(provider="cpu", device=device.cpu().name, layers=left, bytes=None)
+
+    def _elsewhere(self) -> set[int]:
+        """Numbers of the layers with a node that is not on the device; the output comes after the last."""
+        parts = self._engine.get_provider_graph_assignment_info()
+        nodes = (node for part in parts if part.ep_name != self._device.engine for node in part.get_nodes())
+        last = self._model.layers
+        return {min(int(match[1] or last), last) for node in nodes if (match := _LAYER.match(node.name))}
 
     def _reset(self, capacity: int) -> None:
         """Empty states with room for `capacity` tokens."""
