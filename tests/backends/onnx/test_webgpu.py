@@ -110,7 +110,6 @@ def test_without_the_package_the_cpu_runs_it_and_the_session_says_why(built_for:
     assert len(list(found.generate(IDS[:5], 3))) == 3
     (place,) = found.placement
     assert (place.provider, place.layers, place.software) == ("cpu", 3, False)
-    assert place.bytes == (folder / weights.DATA).stat().st_size
     assert found.fallback.startswith("the WebGPU provider is not installed")
     assert "pip install 'edgeq[webgpu]'" in found.fallback
 
@@ -171,6 +170,7 @@ def test_a_model_that_no_provider_loads_is_a_backend_fault(built_for: Build, tmp
 def test_a_limited_device_reads_a_prompt_in_short_runs_with_the_same_logits(
     built_for: Build, generation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = built_for("webgpu", generation, RECIPE)
     lengths: list[int] = []
     step = OnnxSession._step
 
@@ -179,7 +179,6 @@ def test_a_limited_device_reads_a_prompt_in_short_runs_with_the_same_logits(
         return step(self, ids)
 
     monkeypatch.setattr(OnnxSession, "_step", counting)
-    folder = built_for("webgpu", generation, RECIPE)
     short = load(folder)
     found, tokens = short.logits(IDS), list(short.generate(IDS, 2))
     assert lengths == [16, 16, 16, 12] * 2 + [1]
