@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
 
 import msgspec
 import pytest
@@ -10,6 +12,7 @@ import machines
 from edgeq import detect, doctor, target
 from edgeq.detect import BackendState
 from edgeq.doctor import Check
+from edgeq.errors import BackendFault, MissingTool
 
 VERSIONS = {"numpy": "2.4.6", "onnxruntime": "1.32.0", "onnxruntime-genai": "0.18.0", "torch": "2.13.0+cpu"}
 REQUIRES = ["numpy>=1.26", "onnxruntime>=1.30", "torch>=2.8; extra == 'build'"]
@@ -173,3 +176,39 @@ def test_switched_off_telemetry_passes(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_cache_that_may_not_be_written_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert ask(machines.cloud_vm(tmp_path))["hub cache"].status == "FAILED"
+
+
+def named_gpu(provider: Literal["webgpu", "cuda"], monkeypatch: pytest.MonkeyPatch, found: object) -> doctor.Check:
+    """What is said of a provider of the onnx backend on a Steam Deck where looking for its device ends in `found`."""
+
+    def find() -> object:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(f"edgeq.backends.onnx.{provider}.find", find)
+    monkeypatch.setattr(detect, "mismatch", lambda *_: None)
+    device = msgspec.structs.replace(target.load("steam-deck-oled"), onnx=target.Onnx(provider=provider))
+    (check,) = [each for each in doctor.checks(device) if each.name == f"onnx {provider}"]
+    return check
+
+
+def test_a_provider_that_finds_its_gpu_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = named_gpu("webgpu", monkeypatch, SimpleNamespace(name="AMD GPU"))
+    assert (check.status, check.observed) == ("PASSED", "AMD GPU")
+
+
+def test_a_provider_that_is_not_installed_is_unknown_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = named_gpu("webgpu", monkeypatch, MissingTool("no provider", run="pip install it"))
+    assert (check.status, check.remedy) == ("UNKNOWN", "only for the onnx backend: pip install it")
+
+
+def test_a_provider_without_kernels_for_the_gpu_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = named_gpu("cuda", monkeypatch, BackendFault("no kernels for sm_87", run="take another"))
+    assert (check.status, check.observed, check.remedy) == ("FAILED", "no kernels for sm_87", "take another")
+
+
+def test_a_provider_of_another_device_is_unknown_here(tmp_path: Path) -> None:
+    found = ask(machines.cloud_vm(tmp_path), "steam-deck-oled")
+    assert (found["onnx webgpu"].status, found["onnx webgpu"].observed) == ("UNKNOWN", "this is another machine")
+    assert "onnx cpu" not in ask(machines.cloud_vm(tmp_path), "x86-avx2")

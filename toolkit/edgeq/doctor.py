@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import re
@@ -14,6 +15,7 @@ from typing import Literal
 import msgspec
 
 from edgeq import detect
+from edgeq.errors import BackendFault, MissingTool
 from edgeq.machine import ROOT, Machine, physical_cores, this_machine
 from edgeq.target import Target
 
@@ -52,6 +54,7 @@ def checks(target: Target, root: Path = ROOT) -> list[Check]:
     return [
         *found,
         *_llamacpp(target, machine, root),
+        *_onnx(target, machine),
         _memory(machine),
         _cores(machine, physical_cores(root)),
         _governor(machine),
@@ -175,6 +178,23 @@ def _llamacpp(target: Target, machine: Machine, root: Path) -> list[Check]:
 
     here = detect.mismatch(target, machine) is None
     return [_check(*found) for found in checks.findings(target, machine, root, here=here)]
+
+
+def _onnx(target: Target, machine: Machine) -> list[Check]:
+    """Whether ONNX Runtime's provider for the target's GPU works here; kernels are looked for, nothing is run."""
+    provider = target.onnx.provider
+    if "onnx" not in target.backends or provider == "cpu":
+        return []
+    name, expected = f"onnx {provider}", f"ONNX Runtime's provider and a device for {provider}"
+    if detect.mismatch(target, machine) is not None:
+        return [_check(name, None, expected, "this is another machine", "check again on the device itself")]
+    try:
+        observed = importlib.import_module(f"edgeq.backends.onnx.{provider}").find().name
+    except MissingTool as missing:
+        return [_check(name, None, expected, missing.what, f"only for the onnx backend: {missing.run}")]
+    except BackendFault as fault:
+        return [_check(name, False, expected, fault.what, fault.run)]
+    return [_check(name, True, expected, observed, "")]
 
 
 def _memory(machine: Machine) -> Check:
