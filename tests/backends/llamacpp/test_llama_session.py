@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import pytest
 from checkpoints import Build, quiet
 from edgeq import backends, bundle, recipe, size, target, transformer
 from edgeq.backends.base import Job, Session
-from edgeq.backends.llamacpp import gguf
+from edgeq.backends.llamacpp import devices, gguf
 from edgeq.backends.llamacpp import session as llama_session
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import BackendFault, UsageFault
@@ -183,6 +184,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         for name in (
             "type_k",
             "type_v",
+            "flash_attn_type",
             "op_offload",
             "offload_kqv",
             "n_threads",
@@ -214,6 +216,21 @@ def test_a_session_for_a_gpu_that_is_not_there_runs_on_the_cpu_and_says_so(packe
     session = load(packed("3", "w4g32-e8-rtn"), tiny("3"), recipe="w4g32-e8-rtn", provider="cuda")
     session.logits(IDS[:4])
     assert [(place.provider, place.layers) for place in session.placement] == [("cpu", 3)]
+    session.close()
+
+
+@pytest.mark.parametrize(("name", "fused"), [("w4g32-e8-rtn", 0), ("w4g32-e8-rtn-kv16", -1)])
+def test_a_gpu_gets_every_layer_and_float32_keys_and_values_stay_float32(
+    packed: Build, tiny: Build, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str, fused: int
+) -> None:
+    """Fused attention on a GPU would round them to float16. The processor's handle plays the GPU's."""
+    (cpu,) = devices.found()
+    monkeypatch.setattr(devices, "found", lambda: (dataclasses.replace(cpu, api="cuda"),))
+    session = load(packed("3", "w4g32-e8-rtn"), tiny("3"), recipe=name, provider="cuda")
+    session.logits(IDS[:4])
+    assert (asked["layers"], asked["devices"]) == (999, cpu.handle)
+    assert (asked["op_offload"], asked["offload_kqv"]) == (True, True)
+    assert asked["flash_attn_type"] == fused
     session.close()
 
 

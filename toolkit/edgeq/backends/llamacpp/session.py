@@ -127,8 +127,8 @@ class LlamaSession:
         parameters.type_k = parameters.type_v = _KV_TYPES[self._kv_bits]
         if not self._chosen:
             parameters.offload_kqv = parameters.op_offload = False
-            if self._kv_bits == 32:
-                parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if self._kv_bits == 32:  # fused attention on a GPU rounds float32 keys and values to float16
+            parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         _log.clear()
         self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         if not self._context:
