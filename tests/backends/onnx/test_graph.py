@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
 
 import pytest
 
 from checkpoints import Build
-from edgeq.backends.onnx import weights
+from edgeq.backends.onnx import graph, weights
 
 
 @pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
@@ -35,3 +36,12 @@ def test_genai_config_names_the_generation(built: Build, generation: str, kind: 
     assert config["model"]["type"] == kind
     stops = config["model"]["eos_token_id"]
     assert 258 in (stops if isinstance(stops, list) else [stops])
+
+
+def test_building_leaves_the_root_logger_as_it_was() -> None:
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    with graph._own_logging():
+        root.addHandler(logging.NullHandler())
+        root.setLevel(logging.DEBUG)
+    assert (root.handlers, root.level) == before

@@ -10,8 +10,10 @@ import contextlib
 import copy
 import io
 import json
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +87,20 @@ def all_positions(model: Any) -> Any:
     return model
 
 
+@contextlib.contextmanager
+def _own_logging() -> Iterator[None]:
+    """Keep the root logger as it is: ONNX Runtime's quantizer, which the builder imports, makes it print everything."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
+
 def _builder(checkpoint: Checkpoint) -> Any:
     """The builder's class for a generation, reading weights from a checkpoint instead of from_pretrained."""
-    import onnxruntime_genai.models  # noqa: F401  (puts the builder's own modules on the path)
-    from onnxruntime_genai.models.builders import Qwen3Model, Qwen35TextModel, QwenModel
+    with _own_logging():
+        import onnxruntime_genai.models  # noqa: F401  (puts the builder's own modules on the path)
+        from onnxruntime_genai.models.builders import Qwen3Model, Qwen35TextModel, QwenModel
 
     base: Any = {"qwen2": QwenModel, "qwen3": Qwen3Model, "qwen3_5_text": Qwen35TextModel}[checkpoint.model.model_type]
 
