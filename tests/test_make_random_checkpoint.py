@@ -1,19 +1,18 @@
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import script_files
 from edgeq import catalog
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import UsageFault
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "make_random_checkpoint"
 SMALL = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 512}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 HYBRID = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16}
@@ -22,13 +21,9 @@ CATALOGUE = ("qwen2.5-0.5b", "qwen3-0.6b", "qwen3.5-0.8b")
 
 
 @pytest.fixture(scope="module")
-def script() -> Any:
-    loader = importlib.machinery.SourceFileLoader("make_random_checkpoint", str(SCRIPT))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+def script() -> Iterator[Any]:
+    with script_files.imported("make_random_checkpoint") as module:
+        yield module
 
 
 def shrunk(name: str) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
 import platform
 import subprocess
@@ -16,11 +14,11 @@ import numpy as np
 import pytest
 
 import null_bundles
+import script_files
 from edgeq import backends, bundle, machine
 from edgeq.backends.null import NullSession
 from edgeq.errors import MissingTool
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "verify_arm64"
 A76_HWCAP = 0x119FFB
 A72_HWCAP = 0x8FB
 """What qemu 7.2 hands to a process on these cores."""
@@ -38,14 +36,7 @@ LOGITS = np.random.default_rng(0).normal(size=(6, 20)).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[Any]:
-    loader = importlib.machinery.SourceFileLoader("verify_arm64", str(SCRIPT))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, loader.name, module)
-        patch.syspath_prepend(str(SCRIPT.parent))
-        loader.exec_module(module)
+    with script_files.imported("verify_arm64") as module:
         yield module
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import script_files
 from checkpoints import Build, quiet
 from edgeq import building, planning
 from edgeq.errors import MissingTool
@@ -22,14 +21,7 @@ SAID = "Cuda compilation tools, release 13.0, V13.0.88\nBuild cuda_13.0.r13.0/co
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[Any]:
-    loader = importlib.machinery.SourceFileLoader("verify_cuda", str(SCRIPT))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, loader.name, module)
-        patch.syspath_prepend(str(SCRIPT.parent))
-        loader.exec_module(module)
+    with script_files.imported("verify_cuda") as module:
         yield module
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import importlib.util
 import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import script_files
 from checkpoints import Build, quiet
 from edgeq import backends, building, planning
 from edgeq.backends.llamacpp import install
@@ -32,14 +30,7 @@ LEFT = Placement(provider="cpu", device="AMD EPYC", layers=1, bytes=9)
 
 @pytest.fixture(scope="module")
 def script() -> Iterator[Any]:
-    loader = importlib.machinery.SourceFileLoader("verify_vulkan", str(ROOT / "scripts" / "verify_vulkan"))
-    spec = importlib.util.spec_from_loader(loader.name, loader)
-    assert spec
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, loader.name, module)
-        patch.syspath_prepend(str(ROOT / "scripts"))
-        loader.exec_module(module)
+    with script_files.imported("verify_vulkan") as module:
         yield module
 
 
