@@ -8,7 +8,7 @@ import pytest
 
 import edgeq
 from checkpoints import CHAT_TEMPLATE, Build, quiet
-from edgeq import recipe, target
+from edgeq import backends, recipe, target
 from edgeq.backends.base import Job
 from edgeq.backends.llamacpp import gguf, tensors
 from edgeq.backends.onnx import weights
@@ -101,6 +101,8 @@ def test_layers_in_another_pattern_are_refused(tiny: Build, tmp_path: Path) -> N
     checkpoint = Checkpoint.open(tiny("3.5"))
     types = ("full_attention", "linear_attention", "linear_attention", "linear_attention")
     odd = dataclasses.replace(checkpoint, model=dataclasses.replace(checkpoint.model, layer_types=types))
+    with pytest.raises(UnsupportedModel, match="not every 1th layer"):
+        backends.get("llamacpp").check(odd.model, recipe.parse("w16"))
     with pytest.raises(UnsupportedModel, match="not every 1th layer"):
         gguf.write(Job(odd, recipe.parse("w16"), target.load("x86-avx2"), 256, quiet), tmp_path)
 

@@ -24,8 +24,11 @@ def provider(target: Target) -> str:
 
 
 def check(model: Model, recipe: Recipe) -> None:
-    """Raise UsageFault, naming the tensor and a recipe that works, when GGML's blocks cannot hold a recipe."""
+    """Raise UsageFault when GGML's blocks cannot hold a recipe, UnsupportedModel for layers in an unknown pattern."""
+    from edgeq.backends.llamacpp import gguf
+
     blocks.check(model, recipe)
+    gguf.full_attention_interval(model)
 
 
 def tools(target: Target) -> tuple[str, ...]:

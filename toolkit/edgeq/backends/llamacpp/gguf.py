@@ -80,7 +80,7 @@ def _add_shape(writer: Any, model: Model) -> None:
         return
     writer.add_rope_dimension_count(int(model.head_dim * model.rope["partial_rotary_factor"]))
     writer.add_rope_dimension_sections([*model.rope["mrope_section"], 0])
-    writer.add_full_attention_interval(_interval(model))
+    writer.add_full_attention_interval(full_attention_interval(model))
     writer.add_ssm_conv_kernel(model.linear.conv_kernel)
     writer.add_ssm_state_size(model.linear.key_head_dim)
     writer.add_ssm_group_count(model.linear.key_heads)
@@ -94,8 +94,8 @@ def _size_label(model: Model) -> str:
     return f"{billions:.1f}B" if billions >= 1 else f"{billions * 1e3:.0f}M"
 
 
-def _interval(model: Model) -> int:
-    """Distance between layers of full attention; llama.cpp knows no other pattern."""
+def full_attention_interval(model: Model) -> int:
+    """Distance between layers of full attention; raises UnsupportedModel for any other pattern."""
     interval = model.layer_types.index("full_attention") + 1 if model.full_attention_layers else model.layers + 1
     expected = ["linear_attention" if (n + 1) % interval else "full_attention" for n in range(model.layers)]
     if expected != list(model.layer_types):
