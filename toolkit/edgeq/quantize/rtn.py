@@ -37,5 +37,5 @@ def _to_float16(scales: NDArray[np.float32]) -> NDArray[np.float32]:
     with np.errstate(over="ignore"):
         found = scales.astype(np.float16)
     short = (np.abs(scales) < _SMALLEST_NORMAL) & (np.abs(found) < np.abs(scales))
-    away = np.nextafter(found, np.copysign(np.float16(np.inf), found))
-    return np.where(short, away, found).astype(np.float32)
+    found[short] = np.nextafter(found[short], np.copysign(np.float16(np.inf), found[short]))
+    return found.astype(np.float32)

@@ -18,14 +18,15 @@ from edgeq.quantize.solution import BlockSolution, Solution
 from edgeq.recipe import Layout, Recipe
 from edgeq.size import layout_of
 
-PIECE = 1 << 22
+PIECE = 1 << 18
+"""Weights at a time: temporaries of this size stay in the processor's cache and in memory that is not given back."""
 _LARGEST_ERROR = 4.0
 
 
 def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution | BlockSolution:
     """Quantized form of one matrix of a checkpoint, by a recipe of codes.
 
-    Holds the codes (one byte a weight) and some 30 MB per thread. Raises UsageFault when the
+    Holds the codes (one byte a weight) and some 5 MB per thread. Raises UsageFault when the
     recipe's group does not divide the matrix's inputs, UnsupportedModel when a scale is beyond float16, and GateFailed
     when the result is not the matrix any more: its error, root mean square over that of the weights, is above
     4 / 2**bits. (A step is 2**(1 - bits) of a group's largest weight and the error a step / sqrt(12), so 4 leaves room
