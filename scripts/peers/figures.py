@@ -76,7 +76,7 @@ def _of_means(edgeq: NDArray[np.float64], peer: NDArray[np.float64]) -> NDArray[
 
 
 def verdict(row: Row) -> str:
-    """`met`, `missed`, or `undecided` where a ratio misses its limit and the limit lies within its interval."""
+    """`met`, `missed`, or `within noise` where a ratio misses its limit and the limit lies within its interval."""
     if row.goal is None:
         return ""
     if row.goal.of == "edgeq":
@@ -84,7 +84,7 @@ def verdict(row: Row) -> str:
     found = ratio(row)
     if row.goal.holds(found.value):
         return "met"
-    return "undecided" if row.goal.holds(found.low) or row.goal.holds(found.high) else "missed"
+    return "within noise" if row.goal.holds(found.low) or row.goal.holds(found.high) else "missed"
 
 
 def table(rows: Sequence[Row], peer: str) -> Table:

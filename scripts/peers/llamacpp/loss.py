@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
+import msgspec
 import numpy as np
 
 from edgeq import accuracy, data, reference, sources
@@ -17,7 +18,7 @@ from edgeq.bundle import Bundle
 from edgeq.checkpoint import Checkpoint
 from edgeq.machine import physical_cores
 from peers.figures import Goal, Row
-from peers.llamacpp import files
+from peers.llamacpp import files, reorder
 from peers.llamacpp.programs.edgeq_write import write
 from peers.llamacpp.programs.quantize import quantize
 
@@ -30,36 +31,51 @@ RULES = {
 }
 
 
-def rows(folder: Path) -> Iterator[Row]:
-    """Loss and equal blocks of each demo checkpoint."""
+def rows(folder: Path, orders: int) -> Iterator[Row]:
+    """Loss and equal blocks of each demo checkpoint, the loss over so many orders of its hidden units."""
     text = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")
     for model in sources.DEMOS:
-        print(f"bench_peers: {model}, loss", file=sys.stderr)
         checkpoint = Checkpoint.open(sources.find(model, offline=True).folder)
         known = reference.full(checkpoint, text, lambda *_: None)
+        print(f"bench_peers: {model}, loss", file=sys.stderr)
+        yield from loss_rows(model, checkpoint, known, folder, orders)
         with files.scratch(folder) as scratch:
-            float32 = _edgeq(checkpoint, "f32", scratch)
+            yield from block_rows(f"loss {model}", checkpoint, scratch)
+
+
+def loss_rows(model: str, checkpoint: Checkpoint, known: Reference, folder: Path, orders: int) -> Iterator[Row]:
+    """Mean KL divergence in each order, as llama.cpp runs the files and of the weights alone, dequantized to float32.
+
+    One order says little: it draws the rounding errors once, and another one ranks the two sides otherwise.
+    """
+    found: dict[str, list[list[float]]] = {}
+    for seed in range(orders):
+        with files.scratch(folder) as scratch:
+            same = reorder.write(checkpoint, seed, scratch / "checkpoint")
+            float32 = _edgeq(same, "f32", scratch)
             for recipe, kind in PLAIN.items():
-                ours, theirs = _edgeq(checkpoint, recipe, scratch), _peer(float32, scratch / kind, kind)
-                files.require_one_layout(ours, theirs)
-                yield from _losses(checkpoint, known, model, recipe, ours, theirs)
-                yield from plain_rows(f"loss {model}", kind, files.against_weights(ours, theirs, kind, float32))
-            for recipe, kind in GGML.items():
-                ours, theirs = _edgeq(checkpoint, recipe, scratch), _peer(float32, scratch / kind, kind)
-                blocks, same = files.same_blocks(ours, theirs, kind)
-                yield _counted(f"loss {model}", f"{kind}: blocks with the same bytes", same, blocks, ALL)
+                sides = [_edgeq(same, recipe, scratch), _peer(float32, scratch / kind, kind)]
+                files.require_one_layout(*sides)
+                exact = [_peer(side, side.parent / "dequantized", "F32", "F32") for side in sides]
+                for how, pair in (("as run", sides), ("of weights alone", exact)):
+                    samples = found.setdefault(f"{recipe}: KL divergence {how}", [[], []])
+                    for side, file in zip(samples, pair, strict=True):
+                        side.append(float(np.mean([each.kl for each in losses(same, known, file)])))
+    for what, (edgeq, peer) in found.items():
+        row = Row(part=f"loss {model}", what=what, unit="nats", edgeq=tuple(edgeq), peer=tuple(peer), goal=NO_WORSE)
+        yield msgspec.structs.replace(row, middle="mean")
 
 
-def _losses(
-    checkpoint: Checkpoint, known: Reference, model: str, recipe: str, ours: Path, theirs: Path
-) -> Iterator[Row]:
-    """KL divergence as llama.cpp runs the files, and of the weights alone: back in float32, with such activations."""
-    for how in ("as run", "weights alone"):
-        if how == "weights alone":
-            ours, theirs = (_peer(file, file.parent / "dequantized", "F32", "F32") for file in (ours, theirs))
-        edgeq, peer = (_kl(losses(checkpoint, known, file)) for file in (ours, theirs))
-        what = f"{recipe}: KL divergence {how}"
-        yield Row(part=f"loss {model}", what=what, unit="nats", edgeq=edgeq, peer=peer, middle="mean", goal=NO_WORSE)
+def block_rows(part: str, checkpoint: Checkpoint, scratch: Path) -> Iterator[Row]:
+    """What the files of one layout share: everything, where ggml itself rounds for edgeq."""
+    float32 = _edgeq(checkpoint, "f32", scratch)
+    for recipe, kind in PLAIN.items():
+        ours, theirs = _edgeq(checkpoint, recipe, scratch), _peer(float32, scratch / kind, kind)
+        yield from plain_rows(part, kind, files.against_weights(ours, theirs, kind, float32))
+    for recipe, kind in GGML.items():
+        ours, theirs = _edgeq(checkpoint, recipe, scratch), _peer(float32, scratch / kind, kind)
+        blocks, same = files.same_blocks(ours, theirs, kind)
+        yield _counted(part, f"{kind}: blocks with the same bytes", same, blocks, ALL)
 
 
 def losses(checkpoint: Checkpoint, known: Reference, file: Path) -> list[Losses]:
@@ -90,11 +106,6 @@ def plain_rows(part: str, kind: str, found: files.Plain) -> Iterator[Row]:
 
 def _counted(part: str, what: str, edgeq: int, peer: int, goal: Goal | None, note: str = "") -> Row:
     return Row(part=part, what=what, unit="count", edgeq=(edgeq,), peer=(peer,), goal=goal, note=note)
-
-
-def _kl(found: Sequence[Losses]) -> tuple[float, ...]:
-    """Mean of each window."""
-    return tuple(float(np.mean(each.kl)) for each in found)
 
 
 def _edgeq(checkpoint: Checkpoint, recipe: str, scratch: Path) -> Path:
