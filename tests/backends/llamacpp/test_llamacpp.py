@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,15 @@ def test_an_absent_engine_is_a_missing_tool_with_the_line_that_installs_it(monke
     with pytest.raises(MissingTool) as caught:
         llamacpp.tools(target.load("x86-avx2"))
     assert caught.value.run == f"CMAKE_ARGS='{flags}' pip install 'edgeq[llamacpp]'"
+
+
+def test_openmp_s_threads_are_told_to_sleep_before_torch_loads_it() -> None:
+    lines = "import os; from edgeq import backends; backends.get('llamacpp'); print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for wanted, given in (("passive", {}), ("active", {"OMP_WAIT_POLICY": "active"})):
+        command = [sys.executable, "-c", lines]
+        shown = subprocess.run(command, env=environment | given, capture_output=True, text=True, check=True)
+        assert shown.stdout.strip() == wanted
 
 
 def test_llama_cpp_may_be_written_with_its_dot(tiny: Build, tmp_path: Path) -> None:

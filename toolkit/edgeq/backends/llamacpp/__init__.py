@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 from pathlib import Path
 
 from edgeq.backends.base import Job, Session
@@ -16,6 +17,9 @@ from edgeq.target import Target
 ENGINE = ("llama-cpp-python",)
 SCALE_BITS = 16
 _TOOLS = ("gguf", *ENGINE)
+
+# OpenMP reads this when its library is loaded, which torch does too, and the reference needs torch before the engine.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def provider(target: Target) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -35,13 +34,12 @@ class LlamaSession:
 
     Prompts run in chunks of `CHUNK` tokens, and logits are copied out chunk by chunk, so that neither the context nor
     the prompt multiplies the vocabulary. The cache grows to the longest sequence asked for, in steps of 256 tokens.
-    OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise or OpenMP is loaded already: spinning
-    beside any other work costs up to 50 times the speed.
+    OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise or OpenMP was loaded before this
+    backend: spinning beside any other work costs up to 50 times the speed.
     Raises BackendFault when llama.cpp refuses the model, UsageFault when tokens exceed the bundle's context.
     """
 
     def __init__(self, folder: Path, bundle: Bundle) -> None:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         import llama_cpp
 
         _listen()
