@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeq import accuracy, data, reference, sources
 from edgeq.accuracy import Losses, Reference
-from edgeq.backends.llamacpp.session import LlamaSession
+from edgeq.backends.llamacpp import session
 from edgeq.bundle import Bundle
 from edgeq.checkpoint import Checkpoint
 from edgeq.machine import physical_cores
@@ -33,6 +33,7 @@ RULES = {
 
 def rows(folder: Path, orders: int) -> Iterator[Row]:
     """Loss and equal blocks of each demo checkpoint, the loss over so many orders of its hidden units."""
+    session._listen()  # else llama.cpp prints all that it does
     text = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")
     for model in sources.DEMOS:
         checkpoint = Checkpoint.open(sources.find(model, offline=True).folder)
@@ -82,14 +83,13 @@ def losses(checkpoint: Checkpoint, known: Reference, file: Path) -> list[Losses]
     """What a file loses on each window of the reference, through edgeq's session."""
     config, context = checkpoint.model.config(), known.windows.shape[1]
     described = SimpleNamespace(context=context, config=config, recipe="w16", provider="cpu")
-    session = LlamaSession(file.parent, cast(Bundle, described))
+    loaded = session.LlamaSession(file.parent, cast(Bundle, described))
     try:
         return [
-            accuracy.compare(known, index, session.logits(window.tolist()))
-            for index, window in enumerate(known.windows)
+            accuracy.compare(known, index, loaded.logits(window.tolist())) for index, window in enumerate(known.windows)
         ]
     finally:
-        session.close()
+        loaded.close()
 
 
 def plain_rows(part: str, kind: str, found: files.Plain) -> Iterator[Row]:
