@@ -15,9 +15,11 @@ def quantize(
 
     Symmetric: the zero point is the middle code. The scale is that of the weight of largest magnitude, whose sign
     takes the one code that has no mirror image (-2**(bits-1)), as in GGML's Q4_0; so the grid spans
-    [-2**(bits-1), 2**(bits-1) - 1]. Errors are half a step at most, and up to one step for a weight that nearly mirrors
-    the largest. Scales are float16 values, so that formats with 16-bit scales hold the same solution; subnormal ones
-    are rounded up, since rounding them down would clip. Infinite where a scale is beyond float16.
+    [-2**(bits-1), 2**(bits-1) - 1]. Halves go to the larger code, as there: away from the side where the largest
+    weight is, which makes up for the weights that are clipped on the other one. Errors are half a step at most, and
+    up to one step for a weight that nearly mirrors the largest. Scales are float16 values, so that formats with 16-bit
+    scales hold the same solution; subnormal ones are rounded up, since rounding them down would clip. Infinite where a
+    scale is beyond float16.
     """
     outputs, inputs = weights.shape
     middle = 1 << (bits - 1)
@@ -25,9 +27,9 @@ def quantize(
     largest = np.take_along_axis(grouped, np.abs(grouped).argmax(axis=2)[:, :, None], axis=2)[:, :, 0]
     scales = _to_float16(largest * np.float32(-1 / middle))
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
-    codes = np.rint(grouped * inverse[:, :, None])
-    np.clip(codes, -middle, middle - 1, out=codes)
-    codes += middle
+    codes = grouped * inverse[:, :, None]
+    codes += np.float32(middle + 0.5)
+    np.clip(codes, 0, 2 * middle - 1, out=codes)
     zero_points = np.full(scales.shape, middle, np.uint8)
     return codes.astype(np.uint8).reshape(outputs, inputs), scales, zero_points
 
