@@ -26,7 +26,7 @@ PLAIN = {"w4g32-e8-rtn": "Q4_0", "w8g32-e8-rtn": "Q8_0"}
 GGML = {f"{name}-e8-rtn": name.upper() for name in ("q4_1", "iq4_nl", "q4_k", "q5_k", "q6_k")}
 NO_WORSE, ALL = Goal("ratio", "at most", 1), Goal("ratio", "at least", 1)
 RULES = {
-    "Q4_0": "edgeq divides by the scale as stored in float16, ggml by the float32 one before it is rounded",
+    "Q4_0": "edgeq divides by the scale as float16 holds it, ggml by the one before: both are one for bfloat16 weights",
     "Q8_0": "edgeq's scale is largest / -128, the largest keeping its sign; ggml's is |largest| / 127",
 }
 
@@ -94,9 +94,9 @@ def losses(checkpoint: Checkpoint, known: Reference, file: Path) -> list[Losses]
 
 def plain_rows(part: str, kind: str, found: files.Plain) -> Iterator[Row]:
     """What two files of Q4_0 or Q8_0 share, and which is nearer to the weights where they differ."""
-    same_rule = ALL if kind == "Q4_0" else None
-    yield _counted(part, f"{kind}: scales equal", found.same_scales, found.blocks, same_rule)
-    yield _counted(part, f"{kind}: codes equal", found.codes - found.different_codes, found.codes, None, RULES[kind])
+    goal = ALL if kind == "Q4_0" else None
+    yield _counted(part, f"{kind}: scales equal", found.same_scales, found.blocks, goal)
+    yield _counted(part, f"{kind}: codes equal", found.codes - found.different_codes, found.codes, goal, RULES[kind])
     if kind == "Q4_0" and found.different_codes:
         yield _counted(part, f"{kind}: codes that differ, edgeq's as near", found.nearer, found.different_codes, ALL)
     errors = (found.first_error,), (found.second_error,)
