@@ -33,10 +33,11 @@ def test_an_absent_engine_is_a_missing_tool_with_the_line_that_installs_it(monke
     assert caught.value.run == f"CMAKE_ARGS='{flags}' pip install 'edgeq[llamacpp]'"
 
 
-def test_openmp_s_threads_are_told_to_sleep_before_torch_loads_it() -> None:
-    lines = "import os; from edgeq import backends; backends.get('llamacpp'); print(os.environ['OMP_WAIT_POLICY'])"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    for wanted, given in (("passive", {}), ("active", {"OMP_WAIT_POLICY": "active"})):
+def test_openmp_s_threads_are_told_how_long_to_spin_before_torch_loads_it() -> None:
+    lines = "import os; from edgeq import backends; backends.get('llamacpp'); print(os.getenv('GOMP_SPINCOUNT'))"
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    for wanted, given in (("5000", {}), ("None", {"OMP_WAIT_POLICY": "active"}), ("7", {"GOMP_SPINCOUNT": "7"})):
         command = [sys.executable, "-c", lines]
         shown = subprocess.run(command, env=environment | given, capture_output=True, text=True, check=True)
         assert shown.stdout.strip() == wanted

@@ -19,7 +19,8 @@ SCALE_BITS = 16
 _TOOLS = ("gguf", *ENGINE)
 
 # OpenMP reads this when its library is loaded, which torch does too, and the reference needs torch before the engine.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
 def provider(target: Target) -> str:

@@ -34,8 +34,9 @@ class LlamaSession:
 
     Prompts run in chunks of `CHUNK` tokens, and logits are copied out chunk by chunk, so that neither the context nor
     the prompt multiplies the vocabulary. The cache grows to the longest sequence asked for, in steps of 256 tokens.
-    OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY says otherwise or OpenMP was loaded before this
-    backend: spinning beside any other work costs up to 50 times the speed.
+    OpenMP's threads spin for microseconds before they sleep, unless OMP_WAIT_POLICY says otherwise or OpenMP was loaded
+    before this backend: spinning on costs up to 50 times the speed beside other work, sleeping at once half of it
+    without.
     Raises BackendFault when llama.cpp refuses the model, UsageFault when tokens exceed the bundle's context.
     """
 
