@@ -76,7 +76,11 @@ def once(folder: Path, make: Callable[[Path], None]) -> Path:
             made = Path(staging) / "made"
             made.mkdir()
             make(made)
-            made.rename(folder)
+            try:
+                made.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another run was faster
+                    raise
     return folder
 
 

@@ -108,6 +108,8 @@ def test_a_required_accelerator_must_run_every_layer() -> None:
     with pytest.raises(MissingTool, match="1 of 29 layers run on the CPU") as caught:
         profiles.require_accelerator(_placed(("cpu", "CPU", 1, False), ("cuda", "Orin", 28, False)), "jetson")
     assert (caught.value.exit_code, caught.value.run) == (5, "edgeq doctor --target jetson")
+    with pytest.raises(MissingTool, match="does not say where its layers run"):
+        profiles.require_accelerator(_placed(("cuda", "Orin", 0, False)), "jetson")
 
 
 def test_document_keeps_every_key_and_survives_a_round_trip(tmp_path: Path) -> None:

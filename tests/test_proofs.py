@@ -108,6 +108,17 @@ def test_a_folder_is_made_once(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.count(", once") == 1
 
 
+def test_a_folder_that_another_run_made_meanwhile_is_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+
+    def make(out: Path) -> None:
+        (out / "file").write_text("ours")
+        folder.mkdir()
+        (folder / "file").write_text("theirs")
+
+    assert (proofs.once(folder, make) / "file").read_text() == "theirs"
+
+
 def test_a_folder_that_could_not_be_made_leaves_nothing(tmp_path: Path) -> None:
     def make(out: Path) -> None:
         (out / "half").write_text("")

@@ -126,6 +126,7 @@ def test_a_missing_file_is_the_users_fault() -> None:
         ("[memory]", '[memory]\nusable_share = { value = 0.5, source = "" }', "source is empty"),
         ("[memory]", '[onnx]\nprovider = "rocm"\n[memory]', "rocm"),
         ("[memory]", "[onnx]\nthreads = 4\n[memory]", "unknown field"),
+        ("[memory]", '[gpu]\nmodel = "a GPU"\narch = "sm_87\'; reboot"\n[memory]', "not a name such as sm_87"),
         ("[llamacpp]", '[llamacpp]\ncmake_args = ["-DA=\'; rm"]', "-DNAME=VALUE"),
         ('["build-essential"]', '["build-essential; reboot"]', "not the name of a package"),
     ],

@@ -23,7 +23,7 @@ _CONTENDED = [_timed("decode", 9.0, reason="40% waited for a core")] * 2
 
 def _verdict(done: list[Timed], wanted: int = 5) -> tuple[bool, str, tuple[str, ...]]:
     groups = [group for phase in ("prefill", "decode") for group in rows.counting(done, phase, wanted)]
-    return rows.verdict(groups, done, wanted, [])
+    return rows.verdict(groups, done, wanted, [], "cpu")
 
 
 def test_disturbed_repetitions_do_not_count_while_enough_others_do() -> None:
@@ -38,8 +38,8 @@ def test_a_device_that_the_processor_imitates_is_never_comparable() -> None:
     imitated = Placement(provider="vulkan", device="llvmpipe", layers=5, bytes=1, software=True)
     steady = _STEADY[:5]
     reason = "llvmpipe is no real device: its speed says nothing"
-    assert rows.verdict([steady], steady, 5, []) == (True, "A", ())
-    assert rows.verdict([steady], steady, 5, [imitated]) == (True, "C", (reason,))
+    assert rows.verdict([steady], steady, 5, [], "vulkan") == (True, "A", ())
+    assert rows.verdict([steady], steady, 5, [imitated], "vulkan") == (True, "C", (reason,))
 
 
 def test_too_few_undisturbed_are_reported_all_and_not_valid() -> None:
@@ -94,3 +94,15 @@ def test_health_is_the_worst_of_all() -> None:
     assert (found.wait, found.steal, found.temperature_c, found.throttle_events) == (0.01, None, 40.0, 2)
     assert found.reason == "no readable clock in sysfs"
     assert len(found.repetitions) == 3
+
+
+@pytest.mark.parametrize(("there", "here"), [(0, 25), (13, 12)])
+def test_layers_that_ran_elsewhere_make_no_measurement_of_the_device(there: int, here: int) -> None:
+    placement = [
+        Placement(provider="cuda", device="Orin", layers=there, bytes=1),
+        Placement(provider="cpu", device="CPU", layers=here, bytes=1),
+    ]
+    steady = _STEADY[:5]
+    reason = f"{here} of 25 layers did not run on cuda, which the bundle is made for"
+    assert rows.verdict([steady], steady, 5, placement, "cuda") == (False, "C", (reason,))
+    assert rows.verdict([steady], steady, 5, placement[:1], "cuda") == (True, "A", ())

@@ -197,10 +197,12 @@ def provider(placement: Sequence[Placement]) -> str:
 
 
 def require_accelerator(placement: Sequence[Placement], target: str) -> None:
-    """Raise MissingTool when a layer of a bundle for `target` stayed on the CPU."""
+    """Raise MissingTool when a layer of a bundle for `target` stayed on the CPU, or none is known to be elsewhere."""
+    total = sum(place.layers for place in placement)
+    if not total:
+        raise MissingTool("the engine does not say where its layers run", run=f"edgeq doctor --target {target}")
     left = [place for place in placement if place.provider == "cpu" and place.layers]
     if left:
-        total = sum(place.layers for place in placement)
         raise MissingTool(
             f"{left[0].layers} of {total} layers run on the CPU ({left[0].device})",
             why="--require-accelerator asks for a GPU that runs all of them.",

@@ -166,7 +166,7 @@ def model(document: ModelSheet) -> Group:
         ]
     if document.left_out:
         facts.append(("left out", ", ".join(document.left_out)))
-    sizes = _table("recipe", "bits per weight", "weights")
+    sizes = _table("recipe", "bits per weight with onnx", "weights")
     for each in document.recipes:
         sizes.add_row(each.recipe, f"~{each.bits_per_weight:.2f}", f"~{show_bytes(each.weights_bytes)}")
     return Group(_facts(*facts), "", sizes)

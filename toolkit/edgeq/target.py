@@ -16,6 +16,7 @@ BackendName = Literal["onnx", "llamacpp", "mlc", "null"]
 HOST = "host"
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 _CMAKE_ARGUMENT = re.compile(r"-D\w+=[\w./;:+-]+")
+_ARCH = re.compile(r"[\w.+-]+( [\w.+-]+)*")
 _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*")
 
 
@@ -63,6 +64,10 @@ class Gpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     arch: str
     fp16_flop_per_s: Figure | None = None
     int8_op_per_s: Figure | None = None
+
+    def __post_init__(self) -> None:
+        if not _ARCH.fullmatch(self.arch):
+            raise ValueError(f"gpu.arch {self.arch!r} is not a name such as sm_87")
 
 
 class LlamaCpp(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

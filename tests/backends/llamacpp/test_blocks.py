@@ -7,7 +7,7 @@ import pytest
 
 from checkpoints import config_of
 from edgeq.backends.llamacpp import blocks
-from edgeq.errors import UsageFault
+from edgeq.errors import UnsupportedModel, UsageFault
 from edgeq.model import Model, read_config
 from edgeq.quantize import rtn
 from edgeq.quantize.solution import Solution
@@ -59,6 +59,35 @@ def test_other_groups_are_refused_with_a_recipe_that_works(group: int) -> None:
     blocks.check(shape("3"), parse("w4g32-e8-rtn"))
 
 
+@pytest.mark.parametrize(
+    ("given", "offered"),
+    [
+        ("w4g64-eq4_1-rtn", "w4g32-eq4_1-rtn"),
+        ("w8g64-e4-rtn-kv8", "w8g32-e4-rtn-kv8"),
+        ("w4g64-eiq4_nl-rtn-kv16", "w4g32-eiq4_nl-rtn-kv16"),
+    ],
+)
+def test_the_recipe_that_is_offered_instead_keeps_the_rest(given: str, offered: str) -> None:
+    with pytest.raises(UsageFault) as caught:
+        blocks.check(shape("3", head_dim=32), parse(given))
+    assert caught.value.run == f"edgeq build ... --recipe {parse(offered)}"
+
+
+def test_an_8_bit_cache_needs_heads_that_fill_its_blocks() -> None:
+    with pytest.raises(UsageFault, match=r"heads of 16 do not fill blocks.*\n.*\n.*--recipe f32-kv16"):
+        blocks.check(shape("3", head_dim=16), parse("f32-kv8"))
+    blocks.check(shape("3", head_dim=16), parse("f32-kv16"))
+
+
+@pytest.mark.parametrize("change", [{"value_head_dim": 64}, {"value_heads": 3}])
+def test_heads_that_llama_cpp_cannot_load_are_refused(change: dict[str, int]) -> None:
+    model = shape("3.5")
+    assert model.linear is not None
+    odd = dataclasses.replace(model, linear=dataclasses.replace(model.linear, **change))
+    with pytest.raises(UnsupportedModel, match="key heads of"):
+        blocks.check(odd, parse("w16"))
+
+
 def test_rows_that_fill_no_whole_block_are_refused_with_the_tensor() -> None:
     narrow = shape("3", ffn=100)
     with pytest.raises(UsageFault, match=r"100 inputs of model\.layers\.0\.mlp\.down_proj\.weight"):
@@ -69,7 +98,9 @@ def test_rows_that_fill_no_whole_block_are_refused_with_the_tensor() -> None:
 def test_value_heads_that_split_a_block_are_refused_where_they_change_places() -> None:
     model = shape("3.5")
     assert model.linear is not None
-    odd = dataclasses.replace(model, linear=dataclasses.replace(model.linear, value_heads=8, value_head_dim=16))
+    odd = dataclasses.replace(
+        model, linear=dataclasses.replace(model.linear, value_heads=8, key_head_dim=16, value_head_dim=16)
+    )
     with pytest.raises(UsageFault, match=r"value heads of 16 split the blocks of model\.layers\.0\.linear_attn\.out"):
         blocks.check(odd, parse("w4g32-e8-rtn"))
     same = dataclasses.replace(odd, linear=dataclasses.replace(model.linear, key_heads=8, value_heads=8))

@@ -107,6 +107,23 @@ def test_layers_in_another_pattern_are_refused(tiny: Build, tmp_path: Path) -> N
         gguf.write(Job(odd, recipe.parse("w16"), target.load("x86-avx2"), 256, quiet), tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["full_attention", "linear_attention"])
+def test_layers_of_one_kind_are_refused_before_llama_cpp_aborts(tiny: Build, kind: str) -> None:
+    model = dataclasses.replace(Checkpoint.open(tiny("3.5")).model, layer_types=(kind,) * 4)
+    with pytest.raises(UnsupportedModel, match=f"all 4 layers are of one kind, {kind}"):
+        backends.get("llamacpp").check(model, recipe.parse("w16"))
+
+
+def test_weights_beyond_float16_are_refused_where_a_recipe_asks_for_it(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(tiny("3"))
+    monkeypatch.setattr(Checkpoint, "rows", lambda *_: np.full((2, 64), 7e4, np.float32))
+    job = Job(checkpoint, recipe.parse("f16"), target.load("x86-avx2"), 256, quiet)
+    with pytest.raises(UnsupportedModel, match=r"weights up to 7e\+04 are too large for f16\nNext: .*bf16"):
+        gguf.write(job, tmp_path)
+
+
 def test_the_same_checkpoint_gives_the_same_bytes(tiny: Build, packed: Build, tmp_path: Path) -> None:
     job = Job(Checkpoint.open(tiny("3")), recipe.parse("w4g32-e8-rtn"), target.load("x86-avx2"), 256, quiet)
     gguf.write(job, tmp_path)

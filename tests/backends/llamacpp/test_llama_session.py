@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import subprocess
-import sys
+import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -249,18 +250,6 @@ def test_every_step_ends_when_its_work_is_done(opened: Open, asked: dict[str, An
     assert asked["synchronized"] == 5
 
 
-def test_waiting_threads_sleep() -> None:
-    """OpenMP reads the variable when it is loaded, so a process of its own is asked."""
-    script = (
-        "import os, types; os.environ.pop('OMP_WAIT_POLICY', None); "
-        "from edgeq.backends.llamacpp.session import LlamaSession\n"
-        "try: LlamaSession(None, None)\n"
-        "except AttributeError: print(os.environ['OMP_WAIT_POLICY'])"
-    )
-    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert child.stdout.strip() == "passive"
-
-
 @pytest.mark.parametrize("generation", GENERATIONS)
 @pytest.mark.parametrize(("bits", "kind", "tolerance"), [(32, 0, 0.0), (16, 1, 2e-2), (8, 8, 0.3)])
 def test_keys_and_values_are_stored_as_the_recipe_says(
@@ -297,3 +286,24 @@ def test_placement_counts_every_layer_and_the_output(opened: Open, tiny: Build, 
     assert loaded.bytes is not None
     assert running.bytes is not None
     assert running.bytes > loaded.bytes > 0
+
+
+def test_a_log_without_the_layers_is_a_backend_fault_and_frees_the_model(
+    packed: Build, tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import llama_cpp
+
+    freed: list[Any] = []
+    monkeypatch.setattr(llama_cpp, "llama_model_free", freed.append)
+    monkeypatch.setattr(devices, "_LAYER", re.compile("other words"))
+    with pytest.raises(BackendFault, match="does not say where the layers are"):
+        load(packed("3", "w4g32-e8-rtn"), tiny("3"), recipe="w4g32-e8-rtn")
+    assert len(freed) == 1
+
+
+def test_a_folder_whose_name_is_no_unicode_is_opened(packed: Build, tiny: Build, tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/name-\xff"))
+    shutil.copytree(packed("3", "w4g32-e8-rtn"), folder)
+    session = load(folder, tiny("3"), recipe="w4g32-e8-rtn")
+    assert session.logits(IDS[:2]).shape[0] == 2
+    session.close()

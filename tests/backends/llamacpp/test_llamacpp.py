@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -52,3 +54,15 @@ def test_a_target_that_names_it_first_gets_it(tiny: Build, tmp_path: Path) -> No
     work = planning.plan(str(tiny("3")), target="jetson", out=tmp_path / "out")
     assert work.backend == "llamacpp"
     assert not any("uses no GPU" in note for note in work.notes)
+
+
+def test_another_version_of_the_engine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its structures would be read by the names of another version, and unknown fields set nothing."""
+    assert install.pinned() == importlib.metadata.version("llama-cpp-python")
+    monkeypatch.setattr(install, "pinned", lambda: "9.9.9")
+    device = target.load("x86-avx2")
+    with pytest.raises(MissingTool, match=r"edgeq needs 9\.9\.9") as caught:
+        llamacpp.tools(device)
+    assert caught.value.run == install.again(device, "9.9.9")
+    with pytest.raises(MissingTool, match=r"edgeq needs 9\.9\.9"):
+        llamacpp.load(tmp_path, cast(Any, SimpleNamespace(provider="cpu")))

@@ -89,7 +89,9 @@ def _row(
     done, engine = speed.repetitions, backends.get(manifest.backend).ENGINE
     prefills, decodes = (rows.counting(done, phase, plan.repetitions) for phase in ("prefill", "decode"))
     first_token_s, first_token_from = rows.first_token(prefills, plan.prompts[0])
-    valid, grade, reasons = rows.verdict([*prefills, *decodes], done, plan.repetitions, speed.placement)
+    valid, grade, reasons = rows.verdict(
+        [*prefills, *decodes], done, plan.repetitions, speed.placement, manifest.provider
+    )
     if any(plan.depths):
         reasons += ("prefill is measured at depth 0 only",)
     return Profile(
@@ -166,7 +168,8 @@ def _memory(manifest: bundle.Bundle, speed: messages.Speed) -> Memory:
         reasons.append("KV cache: the null backend has none")
     else:
         values = model.read_config(manifest.config).kv_bytes_per_token(1)
-        cache = int(values * _KV_BYTES[recipe.parse(manifest.recipe).kv_bits])
+        half = (manifest.backend, manifest.provider) == ("onnx", "cuda")  # whose graph is in float16
+        cache = int(values * _KV_BYTES[16 if half else recipe.parse(manifest.recipe).kv_bits])
     return Memory(
         peak_rss_bytes=speed.peak_rss_bytes,
         load=speed.load,

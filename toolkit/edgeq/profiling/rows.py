@@ -82,12 +82,16 @@ def _over(figure: Callable[[list[Number]], Number], values: Iterable[Number | No
 
 
 def verdict(
-    groups: Sequence[Sequence[Timed]], done: Sequence[Timed], wanted: int, placement: Sequence[Placement]
+    groups: Sequence[Sequence[Timed]], done: Sequence[Timed], wanted: int, placement: Sequence[Placement], provider: str
 ) -> tuple[bool, str, tuple[str, ...]]:
     """Whether each configuration has `wanted` undisturbed repetitions, the grade, and reasons for less than A.
 
-    What ran on a device that the processor imitates has grade C: its speed is no device's.
+    Not valid either when a layer ran elsewhere than on the `provider` that the bundle is made for. What ran on a device
+    that the processor imitates has grade C: its speed is no device's.
     """
+    total = sum(place.layers for place in placement)
+    if left := total - sum(place.layers for place in placement if place.provider == provider):
+        return False, "C", (f"{left} of {total} layers did not run on {provider}, which the bundle is made for",)
     disturbed = [one.repetition for one in done if not one.repetition.valid]
     if any(len(_valid(group)) < wanted for group in groups):
         why = f"contended: {len(disturbed)} of {len(done)} repetitions were disturbed, the last: {disturbed[-1].reason}"

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.errors import MissingTool
+from edgeq.errors import MissingTool, UsageFault
 from edgeq.quantize.solution import BlockSolution
 from edgeq.recipe import Layout
 
@@ -32,16 +32,18 @@ _LEVELS = {
 def quantize(weights: NDArray[np.float32], layout: Layout) -> Bytes:
     """Rows [outputs, bytes] of a matrix as ggml rounds it, no importance given; needs llama-cpp-python's library.
 
-    Raises MissingTool where that is absent. The block must divide the inputs: ggml would cut the rest off.
+    Raises MissingTool where that is absent, UsageFault when the block does not divide the inputs: ggml would cut the
+    rest off.
     """
     try:
         import llama_cpp
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:
         raise MissingTool(f"rounding to {layout.name} is done by ggml", run="pip install 'edgeq[llamacpp]'") from error
     from gguf import GGMLQuantizationType
 
     outputs, inputs = weights.shape
-    assert inputs % layout.block == 0
+    if inputs % layout.block:
+        raise UsageFault(f"{layout.name}: blocks of {layout.block} do not divide {inputs} inputs")
     weights = np.ascontiguousarray(weights)
     packed = np.empty((outputs, inputs // layout.block * layout.bits_of_block // 8), np.uint8)
     chunk = llama_cpp.llama_cpp._lib.ggml_quantize_chunk

@@ -76,7 +76,19 @@ def rounded(checkpoint: Checkpoint, recipe: Recipe, name: str) -> NDArray[np.flo
     """What a recipe makes of one matrix, as float32 [outputs, inputs]."""
     if not recipe.body.is_float:
         return solve(checkpoint, recipe, name).dequantize()
-    return checkpoint.tensor(name).astype(float_type(checkpoint, recipe, name)).astype(np.float32)
+    return as_float(checkpoint, recipe, name, checkpoint.tensor(name)).astype(np.float32)
+
+
+def as_float(checkpoint: Checkpoint, recipe: Recipe, name: str, values: NDArray[np.float32]) -> NDArray[Any]:
+    """Values of a matrix in the type of a recipe of floats; raises UnsupportedModel when that cannot hold them."""
+    with np.errstate(over="ignore"):
+        stored = values.astype(float_type(checkpoint, recipe, name))
+    if not np.isfinite(stored).all():
+        raise UnsupportedModel(
+            f"{name}: weights up to {np.abs(values).max():.3g} are too large for {recipe}",
+            run="edgeq build ... --recipe bf16",
+        )
+    return stored
 
 
 def float_type(checkpoint: Checkpoint, recipe: Recipe, name: str) -> np.dtype[Any]:

@@ -29,7 +29,7 @@ def provider(target: Target) -> str:
 
 
 def check(model: Model, recipe: Recipe) -> None:
-    """Raise UsageFault when GGML's blocks cannot hold a recipe, UnsupportedModel for layers in an unknown pattern."""
+    """Raise UsageFault when GGML's blocks cannot hold a recipe, UnsupportedModel for what llama.cpp cannot load."""
     from edgeq.backends.llamacpp import gguf
 
     blocks.check(model, recipe)
@@ -48,6 +48,7 @@ def tools(target: Target) -> tuple[str, ...]:
                 why="llama-cpp-python is compiled on installation: a C++ compiler is needed, and some minutes.",
                 run=install.lines(target),
             ) from error
+    _check_version(install.again(target, install.pinned() or ""))
     return tuple(found)
 
 
@@ -66,6 +67,18 @@ def load(folder: Path, bundle: Bundle) -> Session:
         raise MissingTool(
             "llama-cpp-python cannot be imported", why=str(error), run=install.line_for(bundle.provider)
         ) from error
+    _check_version(install.line_for(bundle.provider))
     from edgeq.backends.llamacpp.session import LlamaSession
 
     return LlamaSession(folder, bundle)
+
+
+def _check_version(run: str) -> None:
+    """Raise MissingTool when llama-cpp-python is another one than edgeq is made for."""
+    wanted, found = install.pinned(), importlib.metadata.version(*ENGINE)
+    if wanted not in (None, found):
+        raise MissingTool(
+            f"llama-cpp-python {found} is installed, edgeq needs {wanted}",
+            why="Its structures and its log change from version to version.",
+            run=run,
+        )

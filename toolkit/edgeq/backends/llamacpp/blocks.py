@@ -8,16 +8,17 @@ A byte of a 4-bit block holds the code of input i in its lower half and that of 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.errors import UsageFault
+from edgeq.errors import UnsupportedModel, UsageFault
 from edgeq.model import Model
 from edgeq.quantize import ggml
 from edgeq.quantize.solution import BlockSolution, Solution
-from edgeq.recipe import Layout, Recipe
+from edgeq.recipe import Layout, Recipe, plain
 from edgeq.size import is_quantized, layout_of
 
 BLOCK = 32
@@ -28,6 +29,19 @@ def check(model: Model, recipe: Recipe) -> None:
     """Raise UsageFault, naming the tensor and a recipe that works, when GGML's blocks cannot hold a recipe."""
     linear = model.linear
     reorders = linear is not None and linear.value_heads > linear.key_heads
+    if linear and (linear.key_head_dim != linear.value_head_dim or linear.value_heads % linear.key_heads):
+        raise UnsupportedModel(
+            f"config.json: {linear.key_heads} key heads of {linear.key_head_dim}, "
+            f"{linear.value_heads} value heads of {linear.value_head_dim}",
+            why="llama.cpp wants heads of one size, and as many value heads for each key head.",
+            run="edgeq build ... --backend onnx",
+        )
+    if recipe.kv_bits == 8 and model.head_dim % BLOCK:
+        raise UsageFault(
+            f"{recipe}: heads of {model.head_dim} do not fill blocks of the 8-bit cache",
+            why=f"A block holds {BLOCK} values.",
+            run=f"edgeq build ... --recipe {dataclasses.replace(recipe, kv_bits=16)}",
+        )
     for name, (_, inputs) in _matrices(model):
         layout = layout_of(model, recipe, name)
         if layout.is_float:
@@ -36,7 +50,7 @@ def check(model: Model, recipe: Recipe) -> None:
             raise UsageFault(
                 f"{recipe}: llama.cpp cannot hold groups of {layout.group} for {name}",
                 why=f"GGML's plain blocks have one scale per {BLOCK} inputs.",
-                run=f"edgeq build ... --recipe w{recipe.body.bits}g{BLOCK}-e{recipe.table.bits}-{recipe.method}",
+                run=f"edgeq build ... --recipe {_in_blocks(recipe)}",
             )
         if inputs % layout.block:
             raise UsageFault(
@@ -50,6 +64,12 @@ def check(model: Model, recipe: Recipe) -> None:
                 why=f"llama.cpp orders value heads otherwise than the checkpoint, and a block holds {BLOCK} inputs.",
                 run="edgeq build ... --recipe w16",
             )
+
+
+def _in_blocks(recipe: Recipe) -> Recipe:
+    """The same bits with the groups that GGML's plain blocks have."""
+    body, table = (each if each.is_ggml else plain(each.bits, BLOCK) for each in (recipe.body, recipe.table))
+    return dataclasses.replace(recipe, body=body, table=table)
 
 
 def _matrices(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -99,7 +99,10 @@ def _compiled_in(target: Target, engine: Engine) -> Finding:
     if engine.version is None:
         passed = None if target.backends[0] != "llamacpp" else False
         return Finding(name, passed, expected, "llama-cpp-python is not installed", install.line(target))
-    again = install.again(target, engine.version)
+    wanted = install.pinned() or engine.version
+    again = install.again(target, wanted)
+    if engine.version != wanted:
+        return Finding(name, False, f"llama-cpp-python {wanted}", engine.version, again)
     if engine.report is None:
         return Finding(name, False, expected, f"{engine.version}: {engine.fault}", again)
     observed = f"{engine.version} for {', '.join(engine.report.backends)}"

@@ -19,7 +19,7 @@ from edgeq.backends.base import Job
 from edgeq.backends.llamacpp import blocks, tensors, vocabulary
 from edgeq.errors import UnsupportedModel
 from edgeq.model import Model
-from edgeq.quantize.solve import PIECE, float_type, solve
+from edgeq.quantize.solve import PIECE, as_float, float_type, solve
 from edgeq.size import is_quantized, layout_of
 from edgeq.version import VERSION
 
@@ -96,7 +96,13 @@ def _size_label(model: Model) -> str:
 
 def full_attention_interval(model: Model) -> int:
     """Distance between layers of full attention; raises UnsupportedModel for any other pattern."""
-    interval = model.layer_types.index("full_attention") + 1 if model.full_attention_layers else model.layers + 1
+    if len(set(model.layer_types)) == 1 and model.linear:
+        raise UnsupportedModel(
+            f"config.json: all {model.layers} layers are of one kind, {model.layer_types[0]}",
+            why="llama.cpp runs Qwen3.5 with layers of both kinds only.",
+            run="edgeq build ... --backend onnx",
+        )
+    interval = model.layer_types.index("full_attention") + 1
     expected = ["linear_attention" if (n + 1) % interval else "full_attention" for n in range(model.layers)]
     if expected != list(model.layer_types):
         raise UnsupportedModel(
@@ -153,10 +159,9 @@ def _stored(job: Job, name: str) -> Iterator[NDArray[Any]]:
     if not is_quantized(name):
         yield tensors.float32(job.checkpoint, name)
     elif job.recipe.body.is_float:
-        kind = float_type(job.checkpoint, job.recipe, name)
         for start, stop in _pieces(model, name):
             rows = job.checkpoint.rows(name, start, stop)
-            yield (rows if order is None else rows[:, order]).astype(kind)
+            yield as_float(job.checkpoint, job.recipe, name, rows if order is None else rows[:, order])
     else:
         solution = solve(job.checkpoint, job.recipe, name)
         solution = solution if order is None else tensors.with_columns(solution, order)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
+import re
 
 from edgeq.target import Target
 
@@ -13,6 +15,19 @@ CMAKE_ARGS = {
 }
 """GGML_NATIVE takes the kernels for AMX where the compiler sees them, and those crashed."""
 _BACKENDS = {"cuda": "-DGGML_CUDA=on", "metal": "-DGGML_METAL=on", "vulkan": "-DGGML_VULKAN=on"}
+
+
+def pinned() -> str | None:
+    """Version of llama-cpp-python that edgeq is made for; None where edgeq is not installed as a package.
+
+    Its structures and its log change from version to version.
+    """
+    try:
+        wanted = importlib.metadata.requires("edgeq") or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    found = (re.match(r"llama[-_]cpp[-_]python\s*==\s*([\w.]+)", each) for each in wanted)
+    return next((match[1] for match in found if match), None)
 
 
 def line(target: Target) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq import recipe
-from edgeq.backends.llamacpp import devices
+from edgeq.backends.llamacpp import devices, install
 from edgeq.backends.llamacpp.gguf import MODEL
 from edgeq.bundle import Bundle
 from edgeq.errors import BackendFault, OutOfMemory, UsageFault
@@ -49,7 +51,7 @@ class LlamaSession:
         self._kv_bits = recipe.parse(bundle.recipe).kv_bits
         self._capacity = self._length = 0
         self._context: Any = None
-        self._batch: Any = llama_cpp.llama_batch_init(CHUNK, 0, 1)
+        self._batch: Any = None
         parameters = llama_cpp.llama_model_default_params()
         self._devices = devices.found()
         self._chosen = [each for each in self._devices if each.api == bundle.provider != "cpu"]
@@ -58,13 +60,21 @@ class LlamaSession:
         parameters.devices = ctypes.cast(self._handles, ctypes.c_void_p)
         parameters.n_gpu_layers = _ALL_LAYERS if self._chosen else 0
         _log.clear()
-        self._model: Any = llama_cpp.llama_model_load_from_file(str(folder / MODEL).encode(), parameters)
+        self._model: Any = llama_cpp.llama_model_load_from_file(os.fsencode(folder / MODEL), parameters)
         if not self._model:
             raise BackendFault(
                 f"{folder / MODEL}: llama.cpp (llama-cpp-python {llama_cpp.__version__}) cannot load it", why=_said()
             )
         self._loading = list(_log)
         self.placement = devices.placement(self._loading, self._devices)
+        if not sum(place.layers for place in self.placement):
+            self.close()
+            raise BackendFault(
+                f"llama-cpp-python {llama_cpp.__version__} does not say where the layers are",
+                why="Its log has other words than those of the version that edgeq is made for.",
+                run=install.line_for(bundle.provider),
+            )
+        self._batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
 
     def generate(self, ids: Sequence[int], tokens: int) -> Iterator[int]:
         """Greedy continuation; end-of-sequence tokens are not special here."""
@@ -92,8 +102,10 @@ class LlamaSession:
         import llama_cpp
 
         self._release()
-        if self._model:
+        if self._batch is not None:
             llama_cpp.llama_batch_free(self._batch)
+            self._batch = None
+        if self._model:
             llama_cpp.llama_model_free(self._model)
             self._model = None
 
@@ -131,7 +143,8 @@ class LlamaSession:
         _log.clear()
         self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         if not self._context:
-            raise OutOfMemory(f"llama.cpp cannot make a context of {self._capacity} tokens", why=_said())
+            kind = OutOfMemory if re.search("alloc|memory", _said()) else BackendFault
+            raise kind(f"llama.cpp cannot make a context of {self._capacity} tokens", why=_said())
         self.placement = devices.placement([*self._loading, *_log], self._devices)
 
     def _step(self, ids: Sequence[int], keep: int) -> NDArray[np.float32]:

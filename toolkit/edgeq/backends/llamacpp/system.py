@@ -86,7 +86,7 @@ def _cuda_compiler(target: Target, root: Path) -> tuple[Path | None, bool]:
     """nvcc, and whether CMake finds it: it is on PATH, or named by the target or by CUDACXX."""
     named = [word.partition("=")[2] for word in target.llamacpp.cmake_args if word.startswith(_NVCC_ARGUMENT)]
     if place := (*named, os.environ.get("CUDACXX", ""))[0]:
-        path = _below(root, place)
+        path = _below(root, place) if "/" in place else _program(place, root) or _below(root, place)
         return path if path.is_file() else None, True
     on_path = _program("nvcc", root)
     return on_path or _program("nvcc", root, _CUDA_BIN), on_path is not None

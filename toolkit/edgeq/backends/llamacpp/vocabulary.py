@@ -52,8 +52,8 @@ class Vocabulary:
 def read(checkpoint: Checkpoint) -> Vocabulary:
     """Vocabulary of a checkpoint's byte-level BPE, padded to the model's size.
 
-    Raises CorruptInput when tokenizer.json is damaged or has ids beyond the model's, UnsupportedModel when it is no
-    BPE or has no merges, which llama.cpp insists on.
+    Raises CorruptInput when tokenizer.json is damaged, no BPE, or has ids beyond the model's, UnsupportedModel when it
+    has no merges, which llama.cpp insists on.
     """
     found = _decode(checkpoint, "tokenizer.json", _Tokenizer)
     settings = _decode(checkpoint, "tokenizer_config.json", _Settings)

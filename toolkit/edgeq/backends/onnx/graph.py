@@ -92,8 +92,10 @@ def _own_logging() -> Iterator[None]:
     """Keep the root logger as it is: ONNX Runtime's quantizer, which the builder imports, makes it print everything."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
+    try:
+        yield
+    finally:
+        root.handlers[:], root.level = handlers, level
 
 
 def _builder(checkpoint: Checkpoint) -> Any:

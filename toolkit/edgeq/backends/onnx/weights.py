@@ -20,7 +20,7 @@ from edgeq.backends.base import Job
 from edgeq.backends.onnx.graph import all_positions, floats
 from edgeq.model import Model
 from edgeq.quantize.solution import Solution
-from edgeq.quantize.solve import PIECE, float_type, solve
+from edgeq.quantize.solve import PIECE, as_float, solve
 from edgeq.size import TABLES, is_quantized
 
 MODEL = "model.onnx"
@@ -121,8 +121,9 @@ def _cast(data: _DataFile, job: Job, tensors: Sequence[str], users: Iterable[Any
     """Store 16 bits a weight, as the checkpoint does; float32 rows are made after the lookup, matrices when loading."""
     import onnx_ir as ir
 
-    kind = float_type(job.checkpoint, job.recipe, tensors[0])
-    stored = data.append(rows.astype(kind) for name in tensors for rows in _pieces(job, name))
+    stored = data.append(
+        as_float(job.checkpoint, job.recipe, tensors[0], rows) for name in tensors for rows in _pieces(job, name)
+    )
     weight = data.initializer(tensors[0] if len(tensors) == 1 else tensors[0].replace("q_proj", "qkv_proj"), stored)
     for node in users:
         if node.op_type == "MatMul":
