@@ -15,11 +15,10 @@ def quantize(
 
     Symmetric: the zero point is the middle code. The scale is that of the weight of largest magnitude, whose sign
     takes the one code that has no mirror image (-2**(bits-1)), as in GGML's Q4_0; so the grid spans
-    [-2**(bits-1), 2**(bits-1) - 1]. Halves go to the larger code, as there: away from the side where the largest
-    weight is, which makes up for the weights that are clipped on the other one. Errors are half a step at most, and
-    up to one step for a weight that nearly mirrors the largest. Scales are float16 values, so that formats with 16-bit
-    scales hold the same solution; subnormal ones are rounded up, since rounding them down would clip. Infinite where a
-    scale is beyond float16.
+    [-2**(bits-1), 2**(bits-1) - 1]. Halves, which weights of few bits often give, go to the larger code, as there.
+    Errors are half a step at most, and up to one step for a weight that nearly mirrors the largest. Scales are float16
+    values, so that formats with 16-bit scales hold the same solution; subnormal ones are rounded up, since rounding
+    them down would clip. Infinite where a scale is beyond float16.
     """
     outputs, inputs = weights.shape
     middle = 1 << (bits - 1)
