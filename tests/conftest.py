@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -40,3 +41,10 @@ def built(tiny: Build, tmp_path_factory: pytest.TempPathFactory) -> Build:
         return out
 
     return make
+
+
+def pytest_sessionfinish() -> None:
+    """Close the two files that llama-cpp-python opens when it is imported, and would be warned of at the end."""
+    if opened := sys.modules.get("llama_cpp._utils"):
+        opened.outnull_file.close()
+        opened.errnull_file.close()
