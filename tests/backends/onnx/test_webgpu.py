@@ -54,7 +54,7 @@ def gpu() -> Device:
     try:
         return webgpu.find()
     except MissingTool as missing:
-        pytest.skip(f"{missing.what}: {missing.why}")
+        pytest.skip(f"{missing.what} (scripts/verify_webgpu runs this test on SwiftShader): {missing.why}")
 
 
 @pytest.mark.usefixtures("absent")
