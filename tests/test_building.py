@@ -113,7 +113,20 @@ def test_a_gpu_target_without_its_backends_gets_the_cpu_bundle_and_is_told(
     assert (work.backend, work.target.name) == ("onnx", "jetson-orin-nano-super-8gb")
     assert str(work.recipe) == next(name for name in work.target.recipes if not name.endswith("-kv16"))
     assert any("uses no GPU there" in note for note in work.notes)
-    assert any("the gate runs the same graph on this machine's CPU" in note for note in work.notes)
+    assert any("the gate runs the same files on this machine's CPU" in note for note in work.notes)
+
+
+@pytest.mark.parametrize("name", ["q4_1-e8-rtn", "w4g32-e8-rtn-kv16"])
+def test_a_recipe_that_the_first_backend_does_not_know_gets_the_next_one(
+    tiny: Build, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for engine in ("onnx", "llamacpp"):
+        monkeypatch.setattr(f"edgeq.backends.{engine}.tools", lambda _: ("an engine",))
+    work = plan(tiny("3"), tmp_path / "out", backend="auto", recipe_name=name)
+    assert (work.backend, str(work.recipe)) == ("llamacpp", name)
+    assert [note for note in work.notes if "backend" in note] == [
+        f"backend llamacpp: the first of x86-avx2's that is installed here and knows {name}"
+    ]
 
 
 def test_the_largest_size_chooses_the_best_recipe_that_fits(tiny: Build, tmp_path: Path) -> None:

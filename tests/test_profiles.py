@@ -104,12 +104,14 @@ def test_an_imitated_gpu_is_called_by_its_name() -> None:
 
 
 def test_a_required_accelerator_must_run_every_layer() -> None:
-    profiles.require_accelerator(_placed(("cpu", "CPU", 0, False), ("cuda", "Orin", 29, False)), "jetson")
+    profiles.require_accelerator(_placed(("cpu", "CPU", 0, False), ("cuda", "Orin", 29, False)), "jetson", "cuda")
     with pytest.raises(MissingTool, match="1 of 29 layers run on the CPU") as caught:
-        profiles.require_accelerator(_placed(("cpu", "CPU", 1, False), ("cuda", "Orin", 28, False)), "jetson")
+        profiles.require_accelerator(_placed(("cpu", "CPU", 1, False), ("cuda", "Orin", 28, False)), "jetson", "cuda")
     assert (caught.value.exit_code, caught.value.run) == (5, "edgeq doctor --target jetson")
     with pytest.raises(MissingTool, match="does not say where its layers run"):
-        profiles.require_accelerator(_placed(("cuda", "Orin", 0, False)), "jetson")
+        profiles.require_accelerator(_placed(("cuda", "Orin", 0, False)), "jetson", "cuda")
+    with pytest.raises(MissingTool, match="made for the CPU"):
+        profiles.require_accelerator(_placed(("cpu", "CPU", 29, False)), "pi5", "cpu")
 
 
 def test_document_keeps_every_key_and_survives_a_round_trip(tmp_path: Path) -> None:

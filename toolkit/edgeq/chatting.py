@@ -39,7 +39,7 @@ class Chat:
         self._stops = _stops(folder, self._tokenizer)
         self._session = backends.get(made.backend).load(folder, made)
         self.placement = self._session.placement
-        self.target = made.target
+        self.target, self.provider = made.target, made.provider
         self.elsewhere = _elsewhere(made, profiles.provider(self.placement))
 
     def reply(self, messages: Sequence[dict[str, str]], tokens: int, thinking: bool | None = None) -> Iterator[str]:
@@ -77,9 +77,8 @@ def _elsewhere(made: bundle.Bundle, found: str) -> str | None:
     """What to tell people when a bundle does not run where it was made for."""
     if found.partition(" ")[0] == made.provider:
         return None
-    return (
-        f"this bundle is made for {made.provider} and runs on {found} here; next: edgeq doctor --target {made.target}"
-    )
+    doctor = f"edgeq doctor --target {made.target}, or its file"
+    return f"this bundle is made for {made.provider} and runs on {found} here; next: {doctor}"
 
 
 def _stops(folder: Path, tokenizer: Any) -> set[int]:

@@ -77,7 +77,7 @@ def build(
     ] = "auto",
     context: Annotated[str | None, typer.Option("--context", "-c", help="Tokens of context, such as 4k.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the bundle.")] = None,
-    max_size: Annotated[str | None, typer.Option(help="Largest bundle, such as 450MB.")] = None,
+    max_size: Annotated[str | None, typer.Option(help="Largest bundle without its reference, such as 450MB.")] = None,
     max_loss: Annotated[float | None, typer.Option(help="Largest KL divergence, nats per token.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built.")] = False,
     offline: Offline = False,
@@ -137,7 +137,7 @@ def profile(
         raise InvalidMeasurement(
             f"{bundle}: not a valid measurement",
             why="; ".join(row.reasons) + (" Nothing was saved." if save else ""),
-            run="end what else is running, then edgeq profile again",
+            run=_after(row),
         )
     if save:
         _say(f"saved as {run.saved_path(row)}")
@@ -158,7 +158,7 @@ def run(
     chat = Chat(bundle)
     try:
         if accelerator:
-            require_accelerator(chat.placement, chat.target)
+            require_accelerator(chat.placement, chat.target, chat.provider)
         if chat.elsewhere:
             _say(chat.elsewhere)
         messages: list[dict[str, str]] = []
@@ -193,7 +193,13 @@ def doctor(
     from edgeq import detect, tables
     from edgeq import doctor as checks
 
-    _show(checks.checks(detect.resolve(target)), json, tables.checks)
+    found = checks.checks(detect.resolve(target))
+    _show(found, json, tables.checks)
+    if json:
+        return
+    for check in found:
+        if (start := check.remedy.find("CMAKE_ARGS=")) >= 0:
+            typer.echo(f"\nto copy, for {check.name}:\n{check.remedy[start:]}")
 
 
 @targets_app.command("list")
@@ -256,6 +262,13 @@ def _long(words: list[str]) -> list[str]:
         else:
             found.append(word)
     return found
+
+
+def _after(row: Any) -> str:
+    """What to do about a row that is not valid."""
+    if any("did not run on" in reason for reason in row.reasons):
+        return "edgeq doctor says what is missing; for this machine as it is: edgeq build MODEL --target host"
+    return "end what else is running, then edgeq profile again"
 
 
 def _show(document: object, json: bool, table: Callable[[Any], Any]) -> None:

@@ -23,7 +23,7 @@ Status = Literal["PASSED", "FAILED", "UNKNOWN"]
 OLDEST_PYTHON = (3, 11)
 DISK_BYTES = 2 * 10**9  # checkpoint and bundle of the smallest catalogue model, twice over
 MEMORY_BYTES = 2 * 10**9  # its float32 reference: half a billion parameters of 4 bytes
-_GPU_BACKENDS = ("llamacpp", "mlc")
+_GPU_BACKENDS = ("llamacpp",)
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*([^;]*)(?:;\s*extra\s*==\s*['\"](\w+)['\"])?")
 
 
@@ -161,7 +161,7 @@ def _backends(target: Target) -> Check:
 
 
 def _gpu(target: Target, machine: Machine) -> Check:
-    expected = f"CUDA GPU and one of {', '.join(_GPU_BACKENDS)}"
+    expected = f"CUDA GPU and {' or '.join(_GPU_BACKENDS)}"
     gpus = [gpu.name for gpu in machine.accelerators if gpu.api == "cuda"]
     usable = [state.name for state in detect.usable_backends(target) if state.usable and state.name in _GPU_BACKENDS]
     observed = f"GPU: {', '.join(gpus) or 'none'}; backends: {', '.join(usable) or 'none'}"

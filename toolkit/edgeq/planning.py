@@ -60,8 +60,8 @@ def plan(
     recipe is predicted to stay within `max_size` bytes, and what opening a folder raises.
     """
     device = detect.resolve(target)
-    chosen, notes = _backend(device, backend)
     name, shape = sources.shape(model, offline=offline)
+    chosen, notes = _backend(device, backend, shape, recipe_name)
     engine = backends.get(chosen)
     wanted = _recipe(shape, device, engine, recipe_name, max_size)
     return Plan(
@@ -82,8 +82,8 @@ def plan(
     )
 
 
-def _backend(target: Target, name: str) -> tuple[str, tuple[str, ...]]:
-    """Backend to use, and what to tell people about the choice."""
+def _backend(target: Target, name: str, shape: Model, recipe_name: str) -> tuple[str, tuple[str, ...]]:
+    """Backend to use, the first that holds the recipe, and what to tell people about the choice."""
     notes = []
     if name == "auto":
         states = detect.usable_backends(target)
@@ -94,10 +94,14 @@ def _backend(target: Target, name: str) -> tuple[str, tuple[str, ...]]:
                 why="; ".join(f"{state.name}: {state.reason}" for state in states),
                 run="edgeq doctor",
             )
-        name = able[0]
-        notes.append(f"backend {name}: the first of {target.name}'s that is installed here")
+        fitting = [each for each in able if recipe_name == "auto" or _holds(backends.get(each), shape, recipe_name)]
+        name = (fitting or able)[0]
+        which = "is installed here" if name == able[0] else f"is installed here and knows {recipe_name}"
+        notes.append(f"backend {name}: the first of {target.name}'s that {which}")
         better = states[: [state.name for state in states].index(name)]
-        notes += [f"backend {state.name} would suit the device better: {state.reason}" for state in better]
+        notes += [
+            f"backend {state.name} would suit the device better: {state.reason}" for state in better if not state.builds
+        ]
     name = backends.canonical(name)
     engine = backends.get(name)
     engine.tools(target)
@@ -111,7 +115,7 @@ def _backend(target: Target, name: str) -> tuple[str, tuple[str, ...]]:
 def _recipe(shape: Model, target: Target, engine: Backend, name: str, max_size: int | None) -> Recipe:
     """Recipe by name, or the target's best that the engine can hold within `max_size` predicted bytes."""
     if name == "auto":
-        candidates = [each for each in map(recipe.parse, target.recipes) if _holds(engine, shape, each)]
+        candidates = [each for each in map(recipe.parse, target.recipes) if _holds(engine, shape, str(each))]
         if not candidates:
             raise NothingFits(
                 f"none of {target.name}'s recipes ({', '.join(target.recipes)}) suits the model and its backend",
@@ -135,7 +139,8 @@ def _recipe(shape: Model, target: Target, engine: Backend, name: str, max_size: 
     return fitting[0]
 
 
-def _holds(engine: Backend, shape: Model, wanted: Recipe) -> bool:
+def _holds(engine: Backend, shape: Model, recipe_name: str) -> bool:
+    wanted = recipe.parse(recipe_name)
     if not size.divides(shape, wanted):
         return False
     try:
@@ -172,5 +177,5 @@ def _notes(model: str, shape: Model, target: Target) -> list[str]:
     if shape.has_mtp:
         notes.append("the multi-token-prediction head is left out")
     if why := detect.mismatch(target, this_machine()):
-        notes.append(f"the gate runs the same graph on this machine's CPU, which is not {target.name}: {why}")
+        notes.append(f"the gate runs the same files on this machine's CPU, which is not {target.name}: {why}")
     return notes

@@ -196,8 +196,15 @@ def provider(placement: Sequence[Placement]) -> str:
     return f"{most.provider} ({most.device.partition(' ')[0]})" if most.software else most.provider
 
 
-def require_accelerator(placement: Sequence[Placement], target: str) -> None:
-    """Raise MissingTool when a layer of a bundle for `target` stayed on the CPU, or none is known to be elsewhere."""
+def require_accelerator(placement: Sequence[Placement], target: str, provider: str) -> None:
+    """Raise MissingTool when a layer of a bundle stayed on the CPU, or none is known to be elsewhere.
+
+    `target` and `provider` are what the bundle is made for.
+    """
+    if provider == "cpu":
+        raise MissingTool(
+            "this bundle is made for the CPU", run="edgeq build ... --backend llamacpp, for a target with a GPU"
+        )
     total = sum(place.layers for place in placement)
     if not total:
         raise MissingTool("the engine does not say where its layers run", run=f"edgeq doctor --target {target}")

@@ -40,7 +40,7 @@ IDS = [(7 * n + 3) % 256 for n in range(150)]
 def load(folder: Path, checkpoint: Path, context: int = 256, recipe: str = "w16", provider: str = "cpu") -> Session:
     """Session of a folder; of the manifest it reads these fields only."""
     config = Checkpoint.open(checkpoint).model.config()
-    described = SimpleNamespace(context=context, config=config, recipe=recipe, provider=provider)
+    described = SimpleNamespace(context=context, config=config, recipe=recipe, provider=provider, target="x86-avx2")
     return backends.get("llamacpp").load(folder, cast(bundle.Bundle, described))
 
 

@@ -65,4 +65,4 @@ def test_another_version_of_the_engine_is_refused(tmp_path: Path, monkeypatch: p
         llamacpp.tools(device)
     assert caught.value.run == install.again(device, "9.9.9")
     with pytest.raises(MissingTool, match=r"edgeq needs 9\.9\.9"):
-        llamacpp.load(tmp_path, cast(Any, SimpleNamespace(provider="cpu")))
+        llamacpp.load(tmp_path, cast(Any, SimpleNamespace(provider="cpu", target="x86-avx2")))

@@ -61,7 +61,7 @@ def profile(
     children = process.Children(progress, machine.memory_bytes, _TIMEOUT_S)
     cold = children.run(messages.ColdJob(folder=str(folder)), messages.Cold)
     if plan.require_accelerator:
-        profiles.require_accelerator(cold.placement, manifest.target)
+        profiles.require_accelerator(cold.placement, manifest.target, manifest.provider)
     speed = children.run(
         messages.SpeedJob(
             folder=str(folder),

@@ -42,7 +42,7 @@ def profile(
         raise InvalidMeasurement(
             f"this machine is not {device.name}",
             why=f"{why} A profile holds only what the named device really did.",
-            run=f"edgeq profile {folder} --target host, or run edgeq profile on the device",
+            run=f"run edgeq profile on the device; {_here(made, folder)}",
         )
     with tempfile.TemporaryDirectory() as scratch:
         full = _full_reference(made, words, Path(scratch), progress) if plan.accuracy == "full" else None
@@ -50,6 +50,13 @@ def profile(
     if save and row.valid:
         profiles.write(row, saved_path(row))
     return row
+
+
+def _here(made: bundle.Bundle, folder: Path) -> str:
+    """How to measure on this machine instead."""
+    if made.provider in ("cpu", "null"):
+        return f"for this machine: edgeq profile {folder} --target host"
+    return f"for this machine: edgeq build {made.model} --target host, then profile that"
 
 
 def _device(target: str | None, recorded: str, machine: Machine) -> Target:

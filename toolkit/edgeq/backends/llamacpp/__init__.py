@@ -65,9 +65,9 @@ def load(folder: Path, bundle: Bundle) -> Session:
         import llama_cpp  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
         raise MissingTool(
-            "llama-cpp-python cannot be imported", why=str(error), run=install.line_for(bundle.provider)
+            "llama-cpp-python cannot be imported", why=str(error), run=f"edgeq doctor --target {bundle.target}"
         ) from error
-    _check_version(install.line_for(bundle.provider))
+    _check_version(f"edgeq doctor --target {bundle.target}")
     from edgeq.backends.llamacpp.session import LlamaSession
 
     return LlamaSession(folder, bundle)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq import recipe
-from edgeq.backends.llamacpp import devices, install
+from edgeq.backends.llamacpp import devices
 from edgeq.backends.llamacpp.gguf import MODEL
 from edgeq.bundle import Bundle
 from edgeq.errors import BackendFault, OutOfMemory, UsageFault
@@ -72,7 +72,7 @@ class LlamaSession:
             raise BackendFault(
                 f"llama-cpp-python {llama_cpp.__version__} does not say where the layers are",
                 why="Its log has other words than those of the version that edgeq is made for.",
-                run=install.line_for(bundle.provider),
+                run=f"edgeq doctor --target {bundle.target}",
             )
         self._batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
 
