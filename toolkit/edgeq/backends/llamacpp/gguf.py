@@ -170,7 +170,7 @@ def _stored(job: Job, name: str) -> Iterator[NDArray[Any]]:
 
 
 def _pieces(model: Model, name: str) -> Iterator[tuple[int, int]]:
-    """Runs of rows in the order of the file, a few million weights each at most."""
+    """Runs of rows in the order of the file, `PIECE` weights each at most."""
     step = max(1, PIECE // model.tensors()[name][1])
     for first, last in tensors.row_runs(model, name):
         for start in range(first, last, step):

@@ -39,7 +39,8 @@ class LlamaSession:
     OpenMP's threads spin for microseconds before they sleep, unless OMP_WAIT_POLICY says otherwise or OpenMP was loaded
     before this backend: spinning on costs up to 50 times the speed beside other work, sleeping at once half of it
     without.
-    Raises BackendFault when llama.cpp refuses the model, UsageFault when tokens exceed the bundle's context.
+    Raises BackendFault when llama.cpp refuses the model, OutOfMemory when it finds no room for the cache, UsageFault
+    when tokens exceed the bundle's context.
     """
 
     def __init__(self, folder: Path, bundle: Bundle) -> None:
@@ -170,7 +171,7 @@ class LlamaSession:
 
 @cache
 def _listen() -> Any:
-    """Keep the last lines of llama.cpp's log for error messages, instead of printing them; returns the callback."""
+    """Keep what llama.cpp logs, for placement and error messages, instead of printing it; returns the callback."""
     import llama_cpp
 
     callback = llama_cpp.llama_log_callback(lambda _level, text, _data: _log.append(text.decode("utf-8", "replace")))

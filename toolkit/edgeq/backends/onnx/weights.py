@@ -139,7 +139,7 @@ def _cast(data: _DataFile, job: Job, tensors: Sequence[str], users: Iterable[Any
 
 
 def _pieces(job: Job, name: str) -> Iterator[NDArray[np.float32]]:
-    """A matrix of the checkpoint in runs of rows, a few million weights each."""
+    """A matrix of the checkpoint in runs of rows, some `PIECE` weights each."""
     outputs, inputs = job.checkpoint.model.tensors()[name]
     step = max(1, PIECE // inputs)
     for start in range(0, outputs, step):
