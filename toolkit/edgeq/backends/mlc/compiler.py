@@ -1,0 +1,134 @@
+"""Compile a model for one device with the stock TVM wheel: no weights are needed, only shapes and a recipe."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+from edgeq.backends.mlc import report, schedules
+from edgeq.backends.mlc.decoder import Decoder
+from edgeq.backends.mlc.layers import Precision
+from edgeq.backends.mlc.report import Kernel
+from edgeq.model import Model
+from edgeq.recipe import Recipe
+
+CHUNK = 256
+"""Tokens of a prompt that run at once: temporary memory grows with it."""
+VERIFY_CHUNK = 32
+"""The same where all logits are wanted: 32 rows of a vocabulary of 248,320 are 32 MB."""
+_BATCH = 4
+_MODELS = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_5_text": "qwen3_5"}
+_BOUNDS = {"batch_verify": {"n": VERIFY_CHUNK}, "batch_decode": {"b": _BATCH}}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """An executable, its parameters in order (name to shape and dtype), its kernels, bytes of temporaries by function."""
+
+    executable: Any
+    parameters: Mapping[str, tuple[tuple[int, ...], str]]
+    kernels: tuple[Kernel, ...]
+    temporary_bytes: Mapping[str, int]
+
+
+def precision(recipe: Recipe, own: str) -> Precision:
+    """How a recipe is stored and computed; `own` is the checkpoint's 16-bit type, for the recipe w16.
+
+    A float16 cache means float16 activations and scales: attention reads and writes one type.
+    """
+    names = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "w16": own}
+    floats = names.get(recipe.body.name, "float32")
+    return Precision(recipe.body, recipe.table, "float16" if recipe.kv_bits == 16 else "float32", floats)
+
+
+def compile_model(model: Model, how: Precision, target: Any, context: int) -> Compiled:
+    """Executable for a `tvm.target.Target` whose host is set; raises what TVM raises."""
+    from tvm import relax
+    from tvm import transform as passes
+
+    architecture = importlib.import_module(f"edgeq.backends.mlc.models.{_MODELS[model.model_type]}")
+    with target:
+        decoder: Decoder = architecture.decoder(model, how, target)
+        module, named = decoder.export_tvm(decoder.functions())
+    parameters = {name: (tuple(map(int, each.shape)), str(each.dtype)) for name, each in named}
+    taken: dict[str, str] = {}
+    found: dict[str, Any] = {}
+    metadata = {
+        "model_type": model.model_type,
+        "quantization": f"{how.body.name}-{how.table.name}-{how.dtype}",
+        "context_window_size": context,
+        "prefill_chunk_size": CHUNK,
+        "verify_chunk_size": VERIFY_CHUNK,
+        "max_batch_size": _BATCH,
+        "kv_state_kind": "hybrid" if decoder.states else "kv_cache",
+        "states": [{"shape": list(shape), "dtype": dtype} for shape, dtype in decoder.states],
+        "params": [{"name": name, "shape": shape, "dtype": dtype} for name, (shape, dtype) in parameters.items()],
+    }
+    pipeline = passes.Sequential(
+        [
+            _bounds(),
+            _metadata(metadata),
+            relax.transform.FuseTransposeMatmul(),
+            relax.transform.LegalizeOps(),
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FoldConstant(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            relax.transform.DeadCodeElimination(),
+            report.measure(found),
+            schedules.apply(target, taken),
+            relax.transform.RewriteDataflowReshape(),
+            report.count(found),
+            relax.transform.ToNonDataflow(),
+            relax.transform.RemovePurityChecking(),
+            relax.transform.CallTIRRewrite(),
+            relax.transform.StaticPlanBlockMemory(),
+            report.plan(found),
+            relax.transform.LowerAllocTensor(),
+            relax.transform.KillAfterLastUse(),
+            relax.transform.LowerRuntimeBuiltin(),
+            relax.transform.ComputePrimValue(),
+            relax.transform.VMShapeLower(),
+            relax.transform.AttachGlobalSymbol(),
+        ]
+    )
+    with target, passes.PassContext(opt_level=3):
+        executable = relax.build(module, target=target, relax_pipeline=pipeline)
+    calls = {name: found["calls"].get(name, 0) for name in sorted(taken)}
+    kernels = tuple(Kernel(name, taken[name], times, times * found["bytes"][name]) for name, times in calls.items())
+    return Compiled(executable, parameters, kernels, found["temporary_bytes"])
+
+
+def _bounds() -> Any:
+    """Pass that tells each function how large its symbolic sizes get, which the memory plan needs."""
+    import tvm
+    from tvm import relax
+
+    @tvm.transform.module_pass(opt_level=0, name="edgeq_bounds")
+    def run(module: Any, _: Any) -> Any:
+        for variable, function in list(module.functions_items()):
+            if isinstance(function, relax.Function):
+                bounds = {"n": CHUNK, "m": 1} | _BOUNDS.get(variable.name_hint, {})
+                module[variable] = function.with_attr("tir_var_upper_bound", bounds)
+        return module
+
+    return run
+
+
+def _metadata(values: Mapping[str, Any]) -> Any:
+    """Pass that adds `_metadata`, which gives the library's own description as JSON."""
+    import tvm
+    from tvm import relax
+
+    @tvm.transform.module_pass(opt_level=0, name="edgeq_metadata")
+    def run(module: Any, _: Any) -> Any:
+        builder = relax.BlockBuilder(module)
+        with builder.function("_metadata", params=[]):
+            builder.emit_func_output(relax.StringImm(json.dumps(values)))
+        return builder.finalize()
+
+    return run

@@ -1,0 +1,125 @@
+"""What a library can be asked: the functions around a stack of layers, by the names and arguments of MLC's libraries.
+
+    embed(ids [n], params)                                   -> [n, hidden]
+    batch_prefill(x [1, n, hidden], positions [m], kv, ...)  -> logits [1, m, vocabulary]
+    batch_verify(x [1, n, hidden], kv, ...)                  -> logits [1, n, vocabulary]
+    decode(x [1, 1, hidden], kv, ...)                        -> logits [1, 1, vocabulary]
+    batch_decode(x [batch, 1, hidden], kv, ...)              -> logits [batch, 1, vocabulary]
+    create_tir_paged_kv_cache(batch, tokens, chunk, page, sliding)
+
+Logits are float32. Where layers keep a state of their own, `...` begins with all of them and the next ones follow the
+logits and the cache; a layer may overwrite its state in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import relax
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op, spec
+from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedKVCache
+
+from edgeq.backends.mlc.layers import Linear, Norm, Precision
+from edgeq.model import Model
+
+PAGE = 16
+_PACKED = {"param_mode": "packed", "effect_mode": "none"}
+
+
+class Stack(nn.Module):
+    """Table, layers and last norm, named as the checkpoint names them."""
+
+    def __init__(self, model: Model, precision: Precision, layers: Sequence[nn.Module]) -> None:
+        self.embed_tokens = Linear(precision, model.hidden, model.vocab, layout=precision.table)
+        self.layers = nn.ModuleList(list(layers))
+        self.norm = Norm(model.hidden, model.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model; a layer is called with x, the cache and the list of states, which it may change."""
+
+    def __init__(
+        self,
+        model: Model,
+        precision: Precision,
+        target: Any,
+        layers: Sequence[nn.Module],
+        states: Sequence[tuple[Sequence[int], str]] = (),
+    ) -> None:
+        self._shape, self._precision, self._target, self.states = model, precision, target, tuple(states)
+        self.model = Stack(model, precision, layers)
+        self.lm_head = None if model.tied else Linear(precision, model.hidden, model.vocab, layout=precision.table)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the table."""
+        return self.model.embed_tokens.take(ids)
+
+    def batch_prefill(self, x: Tensor, positions: Tensor, kv: PagedKVCache, states: Any = None) -> Any:
+        """Logits at some positions."""
+        return self._run(x, kv, states, positions)
+
+    def batch_verify(self, x: Tensor, kv: PagedKVCache, states: Any = None) -> Any:
+        """Logits at all positions."""
+        return self._run(x, kv, states)
+
+    decode = batch_decode = batch_verify
+
+    def _run(self, x: Tensor, kv: PagedKVCache, states: Any, positions: Tensor | None = None) -> Any:
+        kept = list(states or ())
+        for layer in self.model.layers:
+            x = layer(x, kv, kept)
+        if positions is not None:
+            x = op.take(x, positions, axis=1)
+        logits = (self.lm_head or self.model.embed_tokens)(self.model.norm(x), "float32")
+        return (logits, kv, kept) if kept else (logits, kv)
+
+    def create_tir_paged_kv_cache(self, batch: Any, tokens: Any, chunk: Any, page: Any, sliding: Any) -> Any:
+        """Empty keys and values of `tokens` tokens in all; queries and keys are rotated on their way in."""
+        model = self._shape
+        layers = model.full_attention_layers
+        return TIRPagedKVCache(
+            attn_kind="mha",
+            max_batch_size=batch,
+            max_total_seq_len=tokens,
+            prefill_chunk_size=chunk,
+            page_size=page,
+            support_sliding_window=sliding,
+            layer_partition=relax.ShapeExpr([0, layers]),
+            num_hidden_layers=layers,
+            num_attention_heads=model.heads,
+            num_key_value_heads=model.kv_heads,
+            qk_head_dim=model.head_dim,
+            v_head_dim=model.head_dim,
+            mla_original_qk_head_dim=0,
+            mla_original_v_head_dim=0,
+            rope_mode=RopeMode.NORMAL,
+            rope_scale=1,
+            rope_theta=model.rope["rope_theta"],
+            rope_scaling={},
+            rope_ext_factors=relax.prim_value(0),
+            rotary_dim=int(model.head_dim * model.rope.get("partial_rotary_factor", 1)),
+            enable_disaggregation=False,
+            dtype=self._precision.dtype,
+            target=self._target,
+        )
+
+    def functions(self) -> dict[str, dict[str, Any]]:
+        """Arguments of each function, as `export_tvm` wants them."""
+
+        def run(batch: int | str, n: int | str, **more: Any) -> dict[str, Any]:
+            x = spec.Tensor([batch, n, self._shape.hidden], self._precision.dtype)
+            states = [spec.Tensor([batch, *shape], dtype) for shape, dtype in self.states]
+            given = {"x": x, **more, "kv": spec.Object(PagedKVCache)}
+            return given | ({"states": states} if states else {}) | {"$": dict(_PACKED)}
+
+        sizes = dict.fromkeys(("batch", "tokens", "chunk", "page", "sliding"), int)
+        return {
+            "embed": {"ids": spec.Tensor(["n"], "int32"), "$": dict(_PACKED)},
+            "batch_prefill": run(1, "n", positions=spec.Tensor(["m"], "int32")),
+            "batch_verify": run(1, "n"),
+            "decode": run(1, 1),
+            "batch_decode": run("b", 1),
+            "create_tir_paged_kv_cache": {**sizes, "$": {"param_mode": "none", "effect_mode": "none"}},
+        }

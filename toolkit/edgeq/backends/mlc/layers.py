@@ -1,0 +1,95 @@
+"""Layers that Qwen's generations share, on the wheel's `nn`: matrices as a recipe stores them, norm, feed-forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+
+from edgeq.backends.mlc import operators
+from edgeq.backends.mlc.packing import WORD
+from edgeq.recipe import Layout
+
+_BFLOAT16_BITS = 16
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a library stores and computes.
+
+    body and table: layouts of the matrices; dtype: float32 or float16, of activations, scales, keys and values;
+    floats: dtype of matrices that are not quantized (bfloat16 is packed in words, which every API can read).
+    """
+
+    body: Layout
+    table: Layout
+    dtype: str
+    floats: str
+
+
+class Linear(nn.Module):
+    """y = x W^T + bias, with W [outputs, inputs] stored as a layout says."""
+
+    def __init__(
+        self, precision: Precision, inputs: int, outputs: int, *, bias: bool = False, layout: Layout | None = None
+    ) -> None:
+        layout = layout or precision.body
+        self.dtype = precision.dtype
+        self.bits = 0
+        if not layout.is_float:
+            self.bits = layout.bits
+            self.q_weight = nn.Parameter((outputs, inputs * self.bits // WORD), "uint32")
+            self.q_scale = nn.Parameter((outputs, inputs // layout.group), precision.dtype)
+        elif precision.floats == "bfloat16":
+            self.bits = _BFLOAT16_BITS
+            self.weight = nn.Parameter((outputs, inputs * self.bits // WORD), "uint32")
+        else:
+            self.weight = nn.Parameter((outputs, inputs), precision.floats)
+        self.bias = nn.Parameter((outputs,), precision.dtype) if bias else None
+
+    def forward(self, x: Tensor, out_dtype: str | None = None) -> Tensor:
+        """x [batch, n, inputs] to [batch, n, outputs]."""
+        out_dtype = out_dtype or self.dtype
+        if self.bits:
+            y = operators.packed_matmul(x, self._words(), self._scales(), self.bits, out_dtype)
+        else:
+            y = operators.float_matmul(x, self.weight, out_dtype)
+        return y if self.bias is None else op.add(y, self.bias)
+
+    def take(self, ids: Tensor) -> Tensor:
+        """Rows `ids` int32 [n], as [n, inputs]."""
+        if self.bits:
+            return operators.packed_take(self._words(), self._scales(), ids, self.bits, self.dtype)
+        return op.astype(op.take(self.weight, ids, axis=0), self.dtype)
+
+    def _words(self) -> Tensor:
+        return self.weight if self.bits == _BFLOAT16_BITS else self.q_weight
+
+    def _scales(self) -> Tensor | None:
+        return None if self.bits == _BFLOAT16_BITS else self.q_scale
+
+
+class Norm(nn.Module):
+    """Root mean square norm with a float32 weight."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        self.epsilon = epsilon
+        self.weight = nn.Parameter((size,), "float32")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm over the last axis."""
+        return operators.rms_norm(x, self.weight, self.epsilon)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, precision: Precision, hidden: int, ffn: int) -> None:
+        self.gate_up_proj = Linear(precision, hidden, 2 * ffn)
+        self.down_proj = Linear(precision, ffn, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [batch, n, hidden]."""
+        gate, up = op.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(op.multiply(op.silu(gate), up))

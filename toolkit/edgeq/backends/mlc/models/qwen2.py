@@ -1,0 +1,49 @@
+"""Qwen2.5: grouped-query attention with biases on queries, keys and values (Qwen Team 2024, arXiv:2412.15115)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+
+from edgeq.backends.mlc.decoder import Decoder
+from edgeq.backends.mlc.layers import FeedForward, Linear, Norm, Precision
+from edgeq.model import Model
+
+
+class Attention(nn.Module):
+    """Causal attention over the cache of one layer."""
+
+    def __init__(self, model: Model, precision: Precision, slot: int) -> None:
+        self.slot, self.heads, self.size = slot, model.heads, model.head_dim
+        self.all_heads = model.heads + 2 * model.kv_heads
+        self.qkv_proj = Linear(precision, model.hidden, self.all_heads * model.head_dim, bias=True)
+        self.o_proj = Linear(precision, model.heads * model.head_dim, model.hidden)
+
+    def forward(self, x: Tensor, kv: Any) -> Tensor:
+        """x [batch, n, hidden]."""
+        batch, n, _ = x.shape
+        qkv = op.reshape(self.qkv_proj(x), (batch, n, self.all_heads, self.size))
+        y = kv.attention_with_fused_qkv(self.slot, qkv, self.heads, self.size**-0.5)
+        return self.o_proj(op.reshape(y, (batch, n, self.heads * self.size)))
+
+
+class Layer(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, model: Model, precision: Precision, index: int) -> None:
+        self.input_layernorm = Norm(model.hidden, model.rms_norm_eps)
+        self.self_attn = Attention(model, precision, index)
+        self.post_attention_layernorm = Norm(model.hidden, model.rms_norm_eps)
+        self.mlp = FeedForward(precision, model.hidden, model.ffn)
+
+    def forward(self, x: Tensor, kv: Any, states: list[Tensor]) -> Tensor:  # noqa: ARG002
+        """x [batch, n, hidden]."""
+        x = op.add(x, self.self_attn(self.input_layernorm(x), kv))
+        return op.add(x, self.mlp(self.post_attention_layernorm(x)))
+
+
+def decoder(model: Model, precision: Precision, target: Any) -> Decoder:
+    """The whole model."""
+    return Decoder(model, precision, target, [Layer(model, precision, index) for index in range(model.layers)])

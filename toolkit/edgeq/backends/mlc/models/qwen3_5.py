@@ -1,0 +1,115 @@
+"""Qwen3.5, text only: three gated delta-net layers to one of gated attention (Qwen Team 2026; Yang et al. 2024).
+
+Queries and keys of attention are normed and rotated in their first quarter, its output is gated. A delta-net layer
+keeps two states: the last inputs of its convolution, and for each value head a matrix, which is overwritten in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm.relax.frontend import nn
+from tvm.relax.frontend.nn import Tensor, op
+
+from edgeq.backends.mlc import operators
+from edgeq.backends.mlc.decoder import Decoder
+from edgeq.backends.mlc.delta import delta_rule
+from edgeq.backends.mlc.layers import FeedForward, Linear, Norm, Precision
+from edgeq.model import LinearAttention, Model
+
+
+class Attention(nn.Module):
+    """Causal attention over the cache of one layer; q_gate_proj is the half of q_proj that gates the output."""
+
+    def __init__(self, model: Model, precision: Precision, slot: int) -> None:
+        self.slot, self.heads, self.kv_heads, self.size = slot, model.heads, model.kv_heads, model.head_dim
+        self.all_heads = model.heads + 2 * model.kv_heads
+        self.qkv_proj = Linear(precision, model.hidden, self.all_heads * model.head_dim)
+        self.q_gate_proj = Linear(precision, model.hidden, model.heads * model.head_dim)
+        self.q_norm = Norm(model.head_dim, model.rms_norm_eps)
+        self.k_norm = Norm(model.head_dim, model.rms_norm_eps)
+        self.o_proj = Linear(precision, model.heads * model.head_dim, model.hidden)
+
+    def forward(self, x: Tensor, kv: Any) -> Tensor:
+        """x [batch, n, hidden]."""
+        batch, n, _ = x.shape
+        qkv = op.reshape(self.qkv_proj(x), (batch, n, self.all_heads, self.size))
+        qkv = operators.head_norm(
+            qkv, self.q_norm.weight, self.k_norm.weight, self.heads, self.kv_heads, self.q_norm.epsilon
+        )
+        y = kv.attention_with_fused_qkv(self.slot, qkv, self.heads, self.size**-0.5)
+        y = op.reshape(y, (batch, n, self.heads * self.size))
+        return self.o_proj(op.multiply(y, op.sigmoid(self.q_gate_proj(x))))
+
+
+class DeltaNet(nn.Module):
+    """Linear attention with a decaying memory that is corrected, not only added to; states `slot` and the next."""
+
+    def __init__(self, model: Model, shape: LinearAttention, precision: Precision, slot: int) -> None:
+        self.slot, self.shape, self.epsilon = slot, shape, model.rms_norm_eps
+        values = shape.value_heads * shape.value_head_dim
+        self.in_proj_qkv = Linear(precision, model.hidden, shape.conv_channels)
+        self.in_proj_z = Linear(precision, model.hidden, values)
+        self.in_proj_ba = nn.Parameter((2 * shape.value_heads, model.hidden), "float32")
+        self.conv1d = nn.Parameter((shape.conv_channels, shape.conv_kernel), "float32")
+        self.A_log = nn.Parameter((shape.value_heads,), "float32")
+        self.dt_bias = nn.Parameter((shape.value_heads,), "float32")
+        self.norm = nn.Parameter((shape.value_head_dim,), "float32")
+        self.out_proj = Linear(precision, values, model.hidden)
+
+    def forward(self, x: Tensor, states: list[Tensor]) -> Tensor:
+        """x [batch, n, hidden]; replaces its states."""
+        batch, n, _ = x.shape
+        shape = self.shape
+        keys, key_shape = shape.key_heads * shape.key_head_dim, (batch, n, shape.key_heads, shape.key_head_dim)
+        value_shape = (batch, n, shape.value_heads, shape.value_head_dim)
+        mixed, convolution = operators.causal_convolution(self.in_proj_qkv(x), states[self.slot], self.conv1d)
+        q, k, v = op.split(mixed, [keys, 2 * keys], axis=-1)
+        q = operators.l2_norm(op.reshape(q, key_shape), shape.key_head_dim**-0.5)
+        k = operators.l2_norm(op.reshape(k, key_shape), 1.0)
+        v = op.astype(op.reshape(v, value_shape), "float32")
+        ba = operators.float_matmul(x, self.in_proj_ba, "float32")
+        decay, beta = operators.decay_and_beta(ba, self.A_log, self.dt_bias)
+        y, memory = delta_rule(q, k, v, decay, beta, states[self.slot + 1])
+        states[self.slot : self.slot + 2] = [convolution, memory]
+        z = op.reshape(self.in_proj_z(x), value_shape)
+        y = operators.gated_rms_norm(y, self.norm, z, self.epsilon)
+        return self.out_proj(op.reshape(y, (batch, n, shape.value_heads * shape.value_head_dim)))
+
+
+class Layer(nn.Module):
+    """x + attention or delta net of norm(x), then x + feed-forward(norm(x))."""
+
+    def __init__(self, model: Model, precision: Precision, index: int) -> None:
+        before = model.layer_types[:index]
+        self.input_layernorm = Norm(model.hidden, model.rms_norm_eps)
+        self.is_linear = model.layer_types[index] == "linear_attention"
+        if self.is_linear:
+            assert model.linear is not None
+            self.linear_attn = DeltaNet(model, model.linear, precision, 2 * before.count("linear_attention"))
+        else:
+            self.self_attn = Attention(model, precision, before.count("full_attention"))
+        self.post_attention_layernorm = Norm(model.hidden, model.rms_norm_eps)
+        self.mlp = FeedForward(precision, model.hidden, model.ffn)
+
+    def forward(self, x: Tensor, kv: Any, states: list[Tensor]) -> Tensor:
+        """x [batch, n, hidden]."""
+        normed = self.input_layernorm(x)
+        x = op.add(x, self.linear_attn(normed, states) if self.is_linear else self.self_attn(normed, kv))
+        return op.add(x, self.mlp(self.post_attention_layernorm(x)))
+
+
+def decoder(model: Model, precision: Precision, target: Any) -> Decoder:
+    """The whole model."""
+    layers = [Layer(model, precision, index) for index in range(model.layers)]
+    return Decoder(model, precision, target, layers, states(model, precision.dtype))
+
+
+def states(model: Model, dtype: str) -> Sequence[tuple[Sequence[int], str]]:
+    """Shape without the batch, and dtype, of every state in the order of the layers."""
+    shape = model.linear
+    assert shape is not None
+    convolution = ((shape.conv_kernel - 1, shape.conv_channels), dtype)
+    memory = ((shape.value_heads, shape.key_head_dim, shape.value_head_dim), "float32")
+    return [convolution, memory] * model.layer_types.count("linear_attention")

@@ -1,0 +1,45 @@
+"""Solutions as MLC's words: codes of one row side by side in uint32, the first in the lowest bits.
+
+    4 bits    w = (code - 7) * scale      eight codes to a word
+    8 bits    w = (code - 127) * scale    four codes to a word
+
+Scales of groups lie beside them. MLC's own rounding leaves the last code unused, its kernels do not: a solution whose
+middle is one higher fits with codes mirrored and scales negated, (15 - c - 7) * -s = (c - 8) * s.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.errors import UsageFault
+from edgeq.quantize.solution import Solution
+
+WORD = 32
+
+
+def middle(bits: int) -> int:
+    """Code that stands for zero."""
+    return (1 << (bits - 1)) - 1
+
+
+def pack(solution: Solution) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Words [outputs, inputs * bits / 32] and scales [outputs, groups] that dequantize to exactly the solution.
+
+    Raises UsageFault when the solution has zero points, for which the layout has no room.
+    """
+    if not solution.symmetric:
+        raise UsageFault(
+            f"{solution.name}: MLC's layout cannot hold this solution",
+            why="It has no zero points.",
+            run=f"choose a symmetric recipe, for example w{solution.bits}g32-e8-rtn",
+        )
+    mirrored = np.uint8((1 << solution.bits) - 1) - solution.codes
+    return words(mirrored, solution.bits), -solution.scales
+
+
+def words(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
+    """Codes [outputs, inputs] below 2**bits as words [outputs, inputs * bits / 32]; a word's codes must fill it."""
+    if bits == 4:
+        codes = codes[:, ::2] | np.left_shift(codes[:, 1::2], 4, dtype=np.uint8)
+    return np.ascontiguousarray(codes).view("<u4")

@@ -1,0 +1,130 @@
+"""Which schedule each kernel gets: dlight's rules on GPUs, two of our own on CPUs, and a list of who took what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.s_tir import dlight
+from tvm.s_tir.dlight.analysis import normalize_prim_func
+from tvm.s_tir.dlight.base import try_inline
+
+from edgeq.errors import BackendFault
+
+_FEW = 4  # tokens or sequences that one weight is read for in a low-batch GEMV
+SCHEDULED = "tirx.is_scheduled"
+OWN = "its own"
+FALLBACK = "Fallback"
+
+
+def apply(target: Any, taken: dict[str, str]) -> Any:
+    """Pass that schedules every kernel for a target; `taken` gets the rule's name by the kernel's.
+
+    A kernel that came with its schedule (attention, the delta rule) is entered as `its own`.
+    """
+    rules: list[Any] = [_MatrixOnCpu(), _LoopsOnCpu()]
+    if target.kind.name != "llvm":
+        gpu = dlight.gpu
+        rules = [gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback()]
+
+    @tvm.transform.module_pass(opt_level=0, name="edgeq_schedules")
+    def run(module: Any, _: Any) -> Any:
+        for variable, function in list(module.functions_items()):
+            if not isinstance(function, tirx.PrimFunc):
+                continue
+            name = variable.name_hint
+            if function.attrs.get(SCHEDULED, 0):
+                taken[name] = OWN
+                continue
+            few = [dlight.gpu.LowBatchGEMV(_FEW)] if target.kind.name != "llvm" and _is_few_rows(function) else []
+            rule, schedule = next(_tries([*few, *rules], function, target), (None, None))
+            if schedule is None:  # loops run as they are written, which only a CPU can do
+                if target.kind.name != "llvm":
+                    raise BackendFault(f"no schedule rule takes the kernel {name}")
+                taken[name] = OWN
+                continue
+            module[variable] = schedule.mod["main"].with_attr(SCHEDULED, True)
+            taken[name] = type(rule).__name__.lstrip("_")
+        return module
+
+    return run
+
+
+def _tries(rules: list[Any], function: Any, target: Any) -> Iterator[tuple[Any, Any]]:
+    """Rules that take a function, each with its schedule."""
+    for rule in rules:
+        found = rule.apply(function, target, False)
+        if found is not None:
+            yield rule, found[0] if isinstance(found, list) else found
+
+
+def _is_few_rows(function: Any) -> bool:
+    """Whether an argument is [b, 1, inputs] with unknown b: a decoding step of several sequences."""
+    shapes = [parameter.ty.shape for parameter in function.params if hasattr(parameter.ty, "shape")]
+    return any(
+        len(shape) == 3 and not isinstance(shape[0], tirx.IntImm) and tvm.ir.structural_equal(shape[1], tirx.const(1, shape[1].dtype))
+        for shape in shapes
+    )
+
+
+class _LoopsOnCpu(dlight.ScheduleRule):
+    """Whatever can be inlined is; the outer loops of the rest run in parallel."""
+
+    def apply(self, func: Any, target: Any, tunable: bool) -> Any:  # noqa: ARG002
+        schedule = s_tir.Schedule(func)
+        blocks = normalize_prim_func(schedule)
+        if blocks is None:
+            return None
+        for block in try_inline(schedule, blocks):
+            kinds = list(zip(schedule.get_loops(block.block_rv), block.dom_kind(), strict=False))
+            outer = [loop for loop, kind in kinds if kind == "S"]
+            if outer:
+                schedule.reorder(*outer, *[loop for loop, kind in kinds if kind != "S"])
+                schedule.parallel(schedule.fuse(*outer))
+        return schedule
+
+
+class _MatrixOnCpu(dlight.ScheduleRule):
+    """Matrix products: rows of the matrix in parallel, tokens inside, 4 vectors of 8 partial sums along the inputs."""
+
+    _LANES = 8
+    _VECTORS = 4
+
+    def apply(self, func: Any, target: Any, tunable: bool) -> Any:  # noqa: ARG002
+        schedule = s_tir.Schedule(func)
+        blocks = normalize_prim_func(schedule)
+        if blocks is None:
+            return None
+        blocks = try_inline(schedule, blocks)
+        sums = [block for block in blocks if block.is_reduction()]
+        if len(sums) != 1 or len(blocks) > 2 or sums[0].dom_kind().count("R") != 1:
+            return None
+        block, width = sums[0].block_rv, self._LANES * self._VECTORS
+        kinds = list(zip(schedule.get_loops(block), sums[0].dom_kind(), strict=False))
+        *tokens, row = [loop for loop, kind in kinds if kind == "S"] or [None]
+        (inner,) = [loop for loop, kind in kinds if kind == "R"]
+        extent = schedule.get(inner).extent
+        if row is None or not isinstance(extent, tirx.IntImm) or int(extent) % width:
+            return None
+        outer = len(tokens) + 1
+        schedule.reorder(row, *tokens, inner)
+        partial = schedule.rfactor(schedule.split(inner, [None, width])[1], 0)
+        loops = schedule.get_loops(block)
+        schedule.parallel(loops[0])
+        schedule.compute_at(partial, loops[outer - 1], preserve_unit_loops=True)
+        schedule.set_scope(partial, 0, "local")
+        inside = schedule.get_loops(partial)[outer:]
+        lane = max(inside, key=lambda loop: int(schedule.get(loop).extent) == width)
+        step = [loop for loop in inside if not schedule.get(loop).same_as(schedule.get(lane))][-1]
+        vectors, lanes = schedule.split(lane, [self._VECTORS, self._LANES])
+        schedule.reorder(step, vectors, lanes)
+        schedule.vectorize(lanes)
+        schedule.unroll(vectors)
+        schedule.vectorize(schedule.get_loops(schedule.decompose_reduction(partial, step))[-1])
+        if len(blocks) == 2:
+            schedule.reverse_compute_at(
+                blocks[1].block_rv, schedule.get_loops(block)[outer - 1], preserve_unit_loops=True
+            )
+        return schedule

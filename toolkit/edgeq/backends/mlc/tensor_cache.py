@@ -1,0 +1,113 @@
+"""Weights as MLC's tensor cache: `tensor-cache.json` and shards of raw bytes, which TVM's runtime reads.
+
+Every tensor is stored `raw`, as it is; MLC's own converter rounds float32 to bfloat16.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.errors import CorruptInput
+
+INDEX = "tensor-cache.json"
+_SHARD = "params_shard_{}.bin"
+_SHARD_BYTES = 1 << 25  # the reader holds a whole shard beside the tensors; MLC's own size
+_PIECE = 1 << 24
+
+
+class Writer:
+    """Writes tensors one after another; the index is written last, when nothing failed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._shards: list[dict[str, Any]] = []
+        self._records: list[dict[str, Any]] = []
+        self._pending: list[bytes] = []
+        self._filled = 0
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._close_shard()
+            total = sum(shard["nbytes"] for shard in self._shards)
+            parameters = sum(len(shard["records"]) for shard in self._shards)
+            index = {"metadata": {"ParamSize": parameters, "ParamBytes": total}, "records": self._shards}
+            (self._folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+    def add(self, name: str, values: NDArray[Any]) -> None:
+        """Append one tensor under the name that the library gives it."""
+        size = values.nbytes
+        if self._filled and self._filled + size > _SHARD_BYTES:
+            self._close_shard()
+        self._records.append(
+            {
+                "name": name,
+                "shape": list(values.shape),
+                "dtype": str(values.dtype),
+                "format": "raw",
+                "nbytes": size,
+                "byteOffset": self._filled,
+            }
+        )
+        self._pending.append(np.ascontiguousarray(values).tobytes())
+        self._filled += size
+
+    def _close_shard(self) -> None:
+        if not self._records:
+            return
+        name = _SHARD.format(len(self._shards))
+        digest = hashlib.md5(usedforsecurity=False)
+        with (self._folder / name).open("wb") as file:
+            for part in self._pending:
+                digest.update(part)
+                file.write(part)
+        self._shards.append(
+            {
+                "dataPath": name,
+                "format": "raw-shard",
+                "nbytes": self._filled,
+                "records": self._records,
+                "md5sum": digest.hexdigest(),
+            }
+        )
+        self._records, self._pending, self._filled = [], [], 0
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    """Record of each tensor by its name: shape, dtype, nbytes. Raises CorruptInput when the index does not hold."""
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        return {record["name"]: record for shard in index["records"] for record in shard["records"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptInput(f"{path}: not the index of a tensor cache", why=str(error)) from error
+
+
+def check(folder: Path) -> None:
+    """Raise CorruptInput, naming the file, when a shard is missing or its MD5 is not the one in the index."""
+    path = folder / INDEX
+    try:
+        shards = json.loads(path.read_text(encoding="utf-8"))["records"]
+        wanted = {folder / shard["dataPath"]: shard["md5sum"] for shard in shards}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptInput(f"{path}: not the index of a tensor cache", why=str(error)) from error
+    for shard, digest in wanted.items():
+        if not shard.is_file():
+            raise CorruptInput(f"{shard}: missing", why=f"{INDEX} names it.", run="edgeq build ... again")
+        found = hashlib.md5(usedforsecurity=False)
+        with shard.open("rb") as file:
+            while piece := file.read(_PIECE):
+                found.update(piece)
+        if found.hexdigest() != digest:
+            raise CorruptInput(f"{shard}: damaged, its MD5 differs from the index", run="edgeq build ... again")

@@ -1,0 +1,110 @@
+"""A checkpoint's tensors under the names, in the order and in the types of a library's parameters.
+
+Matrices that read the same input are one parameter, their rows side by side. Norms of Qwen3.5 are stored with the one
+that transformers adds, convolutions without their middle axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.backends.mlc import packing, tensor_cache
+from edgeq.backends.base import Job
+from edgeq.checkpoint import Checkpoint
+from edgeq.errors import BackendFault
+from edgeq.model import Model
+from edgeq.quantize.solution import Solution
+from edgeq.quantize.solve import as_float, solve
+from edgeq.recipe import Recipe
+from edgeq.size import is_quantized
+
+_JOINED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "q_gate_proj": ("q_proj",),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "in_proj_ba": ("in_proj_b.weight", "in_proj_a.weight"),
+    "conv1d": ("conv1d.weight",),
+    "linear_attn.norm": ("linear_attn.norm.weight",),
+}
+Part = tuple[str, slice | NDArray[np.intp]]
+
+
+def write(job: Job, parameters: Mapping[str, tuple[tuple[int, ...], str]], out: Path) -> None:
+    """Write every parameter (name to shape and dtype) into the tensor cache of the folder `out`, one at a time.
+
+    Raises BackendFault when a parameter comes out in another shape than the library wants, and what `solve` raises.
+    """
+    stems = list(dict.fromkeys(_stem(name) for name in parameters))
+    with tensor_cache.Writer(out) as cache:
+        for done, stem in enumerate(stems):
+            job.progress("weights", done, len(stems))
+            for name, values in _tensors(job.checkpoint, job.recipe, stem).items():
+                shape, dtype = parameters[name]
+                if values.shape != shape:
+                    raise BackendFault(f"{name} has shape {list(values.shape)}, the library wants {list(shape)}")
+                cache.add(name, values.astype(dtype, copy=False))
+        job.progress("weights", len(stems), len(stems))
+
+
+def parts(model: Model, stem: str) -> list[Part]:
+    """Checkpoint tensors, and the rows of each, that make up the parameter of that name without its last word."""
+    before, _, last = stem.rpartition(".")
+    joined = next((names for key, names in _JOINED.items() if f".{stem}".endswith(f".{key}")), (last,))
+    if stem.endswith("linear_attn.norm"):
+        before = before.removesuffix(".linear_attn")
+    found: list[Part] = []
+    for name in joined:
+        full = f"{before}.{name}" if before else name
+        rows: slice | NDArray[np.intp] = slice(None)
+        if name == "q_proj" and model.generation == "3.5":  # rows of each head: queries, then their gates
+            both = np.arange(2 * model.heads * model.head_dim).reshape(model.heads, 2, model.head_dim)
+            rows = both[:, int(last == "q_gate_proj")].ravel()
+        found.append((full, rows))
+    return found
+
+
+def _stem(name: str) -> str:
+    """Name of a parameter without what its layout adds."""
+    for ending in (".q_weight", ".q_scale"):
+        name = name.removesuffix(ending)
+    return name
+
+
+def _tensors(checkpoint: Checkpoint, recipe: Recipe, name: str) -> dict[str, NDArray[Any]]:
+    """Parameters that one name stands for: words and scales, or the values themselves."""
+    model, tensors = checkpoint.model, checkpoint.model.tensors()
+    bare = name.removesuffix(".weight").removesuffix(".bias")
+    ending = name[len(bare) :]
+    sources = [
+        (full if full in tensors else full + (ending or ".weight"), rows) for full, rows in parts(model, bare)
+    ]
+    if is_quantized(sources[0][0]) and not recipe.body.is_float:
+        solutions = [_rows(solve(checkpoint, recipe, source), rows) for source, rows in sources]
+        packed = [packing.pack(each) for each in solutions]
+        words, scales = (np.concatenate(each) for each in zip(*packed, strict=True))
+        return {f"{bare}.q_weight": words, f"{bare}.q_scale": scales}
+    values = np.concatenate([checkpoint.tensor(source)[rows] for source, rows in sources])
+    if is_quantized(sources[0][0]):
+        stored = as_float(checkpoint, recipe, sources[0][0], values)
+        return {name: stored.view("<u4") if stored.dtype.name == "bfloat16" else stored}
+    if name.endswith("conv1d"):
+        values = values.squeeze(1)
+    if model.generation == "3.5" and name.endswith("norm.weight"):
+        values = values + np.float32(1)
+    return {name: values}
+
+
+def _rows(solution: Any, rows: slice | NDArray[np.intp]) -> Solution:
+    return Solution(
+        solution.name,
+        solution.bits,
+        solution.group,
+        solution.codes[rows],
+        solution.scales[rows],
+        solution.zero_points[rows],
+    )
