@@ -117,7 +117,7 @@ def test_an_unknown_board_is_a_target_named_host(tmp_path: Path) -> None:
     machine = this_machine(machines.rk3588(tmp_path))
     found = detect.resolve("host", machine)
     assert (found.name, found.api, found.host) == ("host", "cpu", "aarch64-linux-gnu")
-    assert found.backends == ("onnx", "llamacpp")
+    assert found.backends == ("onnx", "llamacpp", "mlc")
     assert found.cpu.isa == machine.isa
     assert detect.mismatch(found, machine) is None
 
@@ -129,6 +129,7 @@ def test_an_unknown_machine_with_a_gpu_is_a_cuda_target(vm: Machine) -> None:
     assert found.api == "cuda"
     assert found.gpu is not None
     assert found.gpu.arch == "sm_89"
+    assert found.mlc.limits() == target.load("rtx-4060-laptop").mlc.limits()
 
 
 def test_another_architecture_is_refused(vm: Machine) -> None:

@@ -69,7 +69,14 @@ def test_jetson_is_the_orin_nano_super_in_any_case() -> None:
         ("steamdeck", "steam-deck-oled", "vulkan"),
         ("thor", "jetson-agx-thor", "cuda"),
         ("rtx-4060-laptop", "geforce-rtx-4060-laptop-8gb", "cuda"),
+        ("mac-m1", "apple-m1", "metal"),
+        ("mac-m2", "apple-m2", "metal"),
+        ("mac-m3", "apple-m3", "metal"),
         ("mac-m4", "apple-m4", "metal"),
+        ("mac-m5", "apple-m5", "metal"),
+        ("opi5", "orange-pi-5", "vulkan"),
+        ("x-elite", "snapdragon-x-elite-laptop", "vulkan"),
+        ("browser", "web-browser", "webgpu"),
         ("pi5", "raspberry-pi-5-8gb", "cpu"),
     ],
 )
@@ -81,9 +88,29 @@ def test_devices_by_their_short_names(alias: str, name: str, api: str) -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_gpu_is_used_by_the_backend_that_can(name: str) -> None:
     found = target.load(name)
-    assert found.backends[0] == ("onnx" if found.api == "cpu" else "llamacpp")
+    assert found.backends[0] == {"cpu": "onnx", "webgpu": "mlc"}.get(found.api, "llamacpp")
     assert found.recipes[0].endswith("-kv16") == (found.api != "cpu")
     assert set(found.recipes) >= {"w4g32-e8-rtn", "w16"}, "backends without a float16 cache need recipes too"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_mlc_knows_the_limits_of_a_gpu_and_the_processor(name: str) -> None:
+    found = target.load(name)
+    assert "mlc" in found.backends
+    assert found.code_generator == found.mlc.kind
+    assert all(found.mlc.limits().values()) == (found.mlc.kind != "llvm")
+    assert bool(found.mlc.mcpu) == (found.cpu.arch != "wasm32")
+
+
+def test_every_generator_of_the_index_has_a_target() -> None:
+    cuda = {found.gpu.arch for found in map(target.load, SHIPPED) if found.gpu and found.api == "cuda"}
+    assert cuda == {"sm_87", "sm_89", "sm_110"}
+    assert {target.load(name).code_generator for name in SHIPPED} == {"llvm", "cuda", "metal", "opencl", "webgpu"}
+
+
+def test_the_generator_is_the_apis_own_unless_the_file_says_so(changed: Callable[[str, str], str]) -> None:
+    assert target.load(changed('kind = "llvm"\n', "")).code_generator == "llvm"
+    assert target.load("steamdeck").code_generator == "opencl"
 
 
 def test_options_of_an_engine_are_the_targets_own(changed: Callable[[str, str], str]) -> None:
@@ -119,7 +146,7 @@ def test_a_missing_file_is_the_users_fault() -> None:
         ('name = "raspberry-pi-5-8gb"', 'name = "Raspberry Pi"', "not a name"),
         ('host = "aarch64-', 'host = "x86_64-', "cpu.arch"),
         ('"w16"]', '"w3"]', "w3"),
-        ('"llamacpp"]', '"tensorrt"]', "tensorrt"),
+        ('"llamacpp", "mlc"]', '"tensorrt"]', "tensorrt"),
         ("value = 4,", "value = -4,", "not positive"),
         ("value = 4,", "", "value"),
         ("[memory]", '[memory]\nusable_share = { value = 1.5, source = "hope" }', "usable_share"),
@@ -129,6 +156,12 @@ def test_a_missing_file_is_the_users_fault() -> None:
         ("[memory]", '[gpu]\nmodel = "a GPU"\narch = "sm_87\'; reboot"\n[memory]', "not a name such as sm_87"),
         ("[llamacpp]", '[llamacpp]\ncmake_args = ["-DA=\'; rm"]', "-DNAME=VALUE"),
         ('["build-essential"]', '["build-essential; reboot"]', "not the name of a package"),
+        ('kind = "llvm"', 'kind = "rocm"', "rocm"),
+        ('kind = "llvm"', 'kind = "cuda"', "'cuda' does not suit api 'cpu'"),
+        ('kind = "llvm"', "thread_warp_size = 32", "has limits of a GPU"),
+        ('kind = "llvm"', "max_threads_per_block = -1", "max_threads_per_block -1 is not positive"),
+        ('"cortex-a76"', '"cortex-a76; reboot"', "not a name such as cortex-a76"),
+        ('api = "cpu"', 'api = "cuda"\ngpu = { model = "a GPU", arch = "sm_87" }', "'llvm' does not suit api 'cuda'"),
     ],
 )
 def test_a_wrong_file_is_refused_with_the_reason(
@@ -136,6 +169,16 @@ def test_a_wrong_file_is_refused_with_the_reason(
 ) -> None:
     with pytest.raises(CorruptInput, match=why):
         target.load(changed(old, new))
+
+
+def test_mlc_needs_every_limit_of_a_gpu(tmp_path: Path) -> None:
+    text = (data.folder("targets") / "orange-pi-5.toml").read_text()
+    path = tmp_path / "board.toml"
+    path.write_text(text.replace("thread_warp_size = 1\n", ""))
+    with pytest.raises(CorruptInput, match=r"needs mlc\.thread_warp_size for kind 'opencl'"):
+        target.load(str(path))
+    path.write_text(path.read_text().replace(', "mlc"]', "]"))
+    assert target.load(str(path)).mlc.thread_warp_size is None
 
 
 def test_a_target_survives_the_way_through_json() -> None:

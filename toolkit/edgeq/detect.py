@@ -10,16 +10,21 @@ import msgspec
 from edgeq import target as targets
 from edgeq.errors import MissingTool, UsageFault
 from edgeq.machine import Accelerator, Machine, this_machine
-from edgeq.target import HOST, BackendName, Cpu, Figure, Gpu, Match, Memory, Target
+from edgeq.target import HOST, BackendName, Cpu, Figure, Gpu, Match, Memory, Mlc, Target
 
 READ_HERE = "read from the machine itself"
 _SMALLEST_RAM_SHARE = 0.8  # firmware and graphics take the rest before the system counts it
 _RECIPES = ("w4g32-e8-rtn", "w8g32-e8-rtn", "w4g32-e4-rtn", "w16")
 _BACKENDS: dict[str, tuple[BackendName, ...]] = {
-    "cpu": ("onnx", "llamacpp"),
+    "cpu": ("onnx", "llamacpp", "mlc"),
     "cuda": ("llamacpp", "mlc", "onnx"),
     "metal": ("llamacpp", "mlc", "onnx"),
 }
+_MLC = {
+    "cuda": Mlc(max_threads_per_block=1024, max_shared_memory_per_block=49152, thread_warp_size=32),
+    "metal": Mlc(max_threads_per_block=1024, max_shared_memory_per_block=32768, thread_warp_size=32),
+}
+"""What every GPU of an API has: CUDA C++ programming guide, compute capabilities; Metal feature set tables."""
 
 
 class BackendState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -150,6 +155,7 @@ def _host(machine: Machine) -> Target:
         match=Match(isa=machine.isa),
         backends=_BACKENDS[api],
         recipes=_RECIPES,
+        mlc=_MLC.get(api, Mlc()),
         sources=(READ_HERE,),
     )
 

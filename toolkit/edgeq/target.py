@@ -11,13 +11,21 @@ import msgspec
 from edgeq import data, recipe
 from edgeq.errors import CorruptInput, UsageFault
 
-Api = Literal["cuda", "metal", "vulkan", "cpu"]
+Api = Literal["cuda", "metal", "vulkan", "webgpu", "cpu"]
 BackendName = Literal["onnx", "llamacpp", "mlc", "null"]
+CodeGenerator = Literal["llvm", "cuda", "metal", "opencl", "webgpu", "vulkan"]
 HOST = "host"
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 _CMAKE_ARGUMENT = re.compile(r"-D\w+=[\w./;:+-]+")
 _ARCH = re.compile(r"[\w.+-]+( [\w.+-]+)*")
 _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*")
+_CODE_GENERATORS: dict[Api, tuple[CodeGenerator, ...]] = {
+    "cpu": ("llvm",),
+    "cuda": ("cuda",),
+    "metal": ("metal",),
+    "vulkan": ("vulkan", "opencl", "webgpu"),
+    "webgpu": ("webgpu",),
+}
 
 
 class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -36,7 +44,7 @@ class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Processor: architecture, model, physical cores, and the instruction sets that matter, by `machine`'s names."""
 
-    arch: Literal["x86_64", "aarch64"]
+    arch: Literal["x86_64", "aarch64", "wasm32"]
     model: str
     cores: Figure | None = None
     isa: tuple[str, ...]
@@ -91,6 +99,37 @@ class Onnx(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     provider: Literal["cpu", "webgpu", "cuda"] = "cpu"
 
 
+class Mlc(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How TVM generates code for the device: by which generator, within which limits of the GPU, for which processor.
+
+    `kind` None: the API's own name. TVM as its package index has it generates code for every kind but `vulkan`, which
+    needs the official compiler: a Vulkan GPU that has an OpenCL driver as well is therefore an `opencl` one here. The
+    limits are those that schedules keep to, in threads and bytes; a GPU has all three, `llvm` none. `mcpu` is LLVM's
+    name of the processor, None for any of its architecture.
+    """
+
+    kind: CodeGenerator | None = None
+    max_threads_per_block: int | None = None
+    max_shared_memory_per_block: int | None = None
+    thread_warp_size: int | None = None
+    mcpu: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, limit in self.limits().items():
+            if limit is not None and limit <= 0:
+                raise ValueError(f"{name} {limit} is not positive")
+        if self.mcpu is not None and not _NAME.fullmatch(self.mcpu):
+            raise ValueError(f"mcpu {self.mcpu!r} is not a name such as cortex-a76")
+
+    def limits(self) -> dict[str, int | None]:
+        """The GPU's limits by TVM's names of them."""
+        return {
+            "max_threads_per_block": self.max_threads_per_block,
+            "max_shared_memory_per_block": self.max_shared_memory_per_block,
+            "thread_warp_size": self.thread_warp_size,
+        }
+
+
 class Match(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a machine is recognised: `isa` it has, `without` it has not, and parts of its device-tree model, all of them.
 
@@ -121,6 +160,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     recipes: tuple[str, ...]
     llamacpp: LlamaCpp = LlamaCpp()
     onnx: Onnx = Onnx()
+    mlc: Mlc = Mlc()
     notes: tuple[str, ...] = ()
     sources: tuple[str, ...]
 
@@ -134,11 +174,26 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError(f"api {self.api!r} needs a [gpu] table")
         if not self.backends or not self.recipes:
             raise ValueError("backends and recipes each need one name at least")
+        self._check_mlc()
         for name in self.recipes:
             try:
                 recipe.parse(name)
             except UsageFault as fault:
                 raise ValueError(str(fault)) from fault
+
+    @property
+    def code_generator(self) -> CodeGenerator:
+        """TVM's code generator: mlc.kind, or the one that the API has by itself."""
+        return self.mlc.kind or _CODE_GENERATORS[self.api][0]
+
+    def _check_mlc(self) -> None:
+        kind, limits = self.code_generator, self.mlc.limits()
+        if kind not in _CODE_GENERATORS[self.api]:
+            raise ValueError(f"mlc.kind {kind!r} does not suit api {self.api!r}: {_CODE_GENERATORS[self.api]}")
+        if kind == "llvm" and any(limits.values()):
+            raise ValueError("mlc has limits of a GPU, which kind 'llvm' has not")
+        if kind != "llvm" and "mlc" in self.backends and (lost := [name for name in limits if not limits[name]]):
+            raise ValueError(f"backend mlc needs mlc.{lost[0]} for kind {kind!r}")
 
 
 def names() -> tuple[str, ...]:
