@@ -79,9 +79,11 @@ def build(work: Plan, progress: Progress) -> Built:
         text = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")
         record, weights_only = reference.quick(checkpoint, work.recipe, text, work.context, step)
         _copy_side_files(checkpoint, template, folder)
-        engine.build(Job(checkpoint, work.recipe, work.target, work.context, step), folder)
+        compiled = engine.build(Job(checkpoint, work.recipe, work.target, work.context, step), folder)
         accuracy.save(record, folder / bundle.REFERENCE)
         draft = _describe(work, origin.source(checkpoint), checkpoint, folder, engine.provider(work.target), tools)
+        if compiled is not None:
+            draft = msgspec.structs.replace(draft, kernels=compiled.kernels, memory=compiled.memory)
         _check_size(work, draft)
         session = engine.load(folder, draft)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
@@ -58,8 +59,31 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return cls(False, None, kl_weights_only, None, None, None, reason, max_loss, 0, text_sha256, here)
 
 
-class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Contents of `edgeq.json`; `config` is the text-only configuration of the checkpoint."""
+class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Bytes that compiled code wants, read from the code: `temporary_bytes` of each function, at its longest input."""
+
+    weights_bytes: int
+    kv_cache_bytes_per_token: int
+    state_bytes: int
+    temporary_bytes: dict[str, int]
+
+
+class Compiled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What is known of compiled code.
+
+    `kernels`: whether the device's own compiler took its kernels, in all or for want of that compiler not; None where
+    there are none but the CPU's.
+    """
+
+    kernels: Literal["compiled", "unchecked"] | None
+    memory: Memory
+
+
+class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Contents of `edgeq.json`; `config` is the text-only configuration of the checkpoint.
+
+    `kernels` and `memory` are there where the model was compiled, as `Compiled` describes them.
+    """
 
     schema: int
     digest: str
@@ -77,6 +101,8 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     notes: tuple[str, ...]
     files: tuple[File, ...]
     gate: Gate
+    kernels: Literal["compiled", "unchecked"] | None = None
+    memory: Memory | None = None
 
     @property
     def bytes(self) -> int:

@@ -76,8 +76,8 @@ def plan(
         out=out or Path("bundles", device.name, f"{name}.{wanted}.{chosen}"),
         max_loss=wanted.max_loss if max_loss is None else _max_loss(max_loss),
         max_size=max_size,
-        bytes=size.weight_bytes(shape, wanted, engine.SCALE_BITS),
-        bits_per_weight=size.bits_per_weight(shape, wanted, engine.SCALE_BITS),
+        bytes=size.weight_bytes(shape, wanted, engine.scale_bits(wanted)),
+        bits_per_weight=size.bits_per_weight(shape, wanted, engine.scale_bits(wanted)),
         notes=(*notes, *_notes(model, shape, device)),
     )
 
@@ -127,7 +127,7 @@ def _recipe(shape: Model, target: Target, engine: Backend, name: str, max_size: 
         engine.check(shape, candidates[0])
     if max_size is None:
         return candidates[0]
-    sizes = {each: size.weight_bytes(shape, each, engine.SCALE_BITS) for each in candidates}
+    sizes = {each: size.weight_bytes(shape, each, engine.scale_bits(each)) for each in candidates}
     fitting = [each for each in candidates if sizes[each] <= max_size]
     if not fitting:
         smallest = min(sizes, key=lambda each: sizes[each])

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.bundle import Bundle
+from edgeq.bundle import Bundle, Compiled
 from edgeq.checkpoint import Checkpoint
 from edgeq.model import Model
 from edgeq.profiles import Placement
@@ -55,14 +55,17 @@ class Session(Protocol):
 class Backend(Protocol):
     """A toolchain: satisfied by a module with tools, build and load, and what has to be known before they are called.
 
-    ENGINE: the packages that run its bundles; SCALE_BITS: what it stores for the scale of a plain group.
+    ENGINE: the packages that run its bundles.
     """
 
     ENGINE: tuple[str, ...]
-    SCALE_BITS: int
 
     def provider(self, target: Target) -> str:
         """API that runs a target's bundles: "cpu", "cuda", "metal", "vulkan", ..."""
+        ...
+
+    def scale_bits(self, recipe: Recipe) -> int:
+        """Bits that it stores for the scale of a plain group."""
         ...
 
     def check(self, model: Model, recipe: Recipe) -> None:
@@ -73,8 +76,8 @@ class Backend(Protocol):
         """Names and versions of what builds; raises MissingTool with the line that installs it on the target."""
         ...
 
-    def build(self, job: Job, out: Path) -> None:
-        """Write what the engine needs into the folder `out`, beside tokenizer and template."""
+    def build(self, job: Job, out: Path) -> Compiled | None:
+        """Write what the engine needs into the folder `out`, beside tokenizer and template; say what was compiled."""
         ...
 
     def load(self, folder: Path, bundle: Bundle) -> Session:

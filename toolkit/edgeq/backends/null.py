@@ -22,7 +22,6 @@ from edgeq.recipe import Recipe
 from edgeq.target import Target
 
 ENGINE: tuple[str, ...] = ()
-SCALE_BITS = 32
 FAVOUR = 5.0
 _FILE = "null.json"
 
@@ -57,6 +56,11 @@ class NullSession:
 def provider(target: Target) -> str:  # noqa: ARG001
     """No device at all."""
     return "null"
+
+
+def scale_bits(recipe: Recipe) -> int:  # noqa: ARG001
+    """As float32; it stores none."""
+    return 32
 
 
 def check(model: Model, recipe: Recipe) -> None:

@@ -15,7 +15,6 @@ from edgeq.recipe import Recipe
 from edgeq.target import Target
 
 ENGINE = ("llama-cpp-python",)
-SCALE_BITS = 16
 _TOOLS = ("gguf", *ENGINE)
 
 # OpenMP reads this when its library is loaded, which torch does too, and the reference needs torch before the engine.
@@ -26,6 +25,11 @@ if "OMP_WAIT_POLICY" not in os.environ:
 def provider(target: Target) -> str:
     """The target's own API: llama.cpp has them all."""
     return target.api
+
+
+def scale_bits(recipe: Recipe) -> int:  # noqa: ARG001
+    """GGML's plain blocks have float16 scales."""
+    return 16
 
 
 def check(model: Model, recipe: Recipe) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 
 from edgeq.backends.mlc import report, schedules
 from edgeq.backends.mlc.decoder import Decoder
 from edgeq.backends.mlc.layers import Precision
 from edgeq.backends.mlc.report import Kernel
+from edgeq.bundle import Memory
 from edgeq.model import Model
 from edgeq.recipe import Recipe
 
@@ -27,12 +31,12 @@ _BOUNDS = {"batch_verify": {"n": VERIFY_CHUNK}, "batch_decode": {"b": _BATCH}}
 
 @dataclass(frozen=True)
 class Compiled:
-    """An executable, its parameters in order (name to shape and dtype), its kernels, bytes of temporaries by function."""
+    """An executable, its parameters in order (name to shape and dtype), its kernels, and the memory that it wants."""
 
     executable: Any
     parameters: Mapping[str, tuple[tuple[int, ...], str]]
     kernels: tuple[Kernel, ...]
-    temporary_bytes: Mapping[str, int]
+    memory: Memory
 
 
 def precision(recipe: Recipe, own: str) -> Precision:
@@ -100,7 +104,19 @@ def compile_model(model: Model, how: Precision, target: Any, context: int) -> Co
         executable = relax.build(module, target=target, relax_pipeline=pipeline)
     calls = {name: found["calls"].get(name, 0) for name in sorted(taken)}
     kernels = tuple(Kernel(name, taken[name], times, times * found["bytes"][name]) for name, times in calls.items())
-    return Compiled(executable, parameters, kernels, found["temporary_bytes"])
+    memory = Memory(
+        weights_bytes=sum(map(_bytes, parameters.values())),
+        kv_cache_bytes_per_token=found["kv_cache_bytes_per_token"],
+        state_bytes=sum(map(_bytes, decoder.states)),
+        temporary_bytes=found["temporary_bytes"],
+    )
+    return Compiled(executable, parameters, kernels, memory)
+
+
+def _bytes(tensor: tuple[Sequence[int], str]) -> int:
+    """Bytes of a tensor by shape and dtype."""
+    shape, dtype = tensor
+    return math.prod(shape) * np.dtype(dtype).itemsize
 
 
 def _bounds() -> Any:

@@ -18,9 +18,10 @@ from typing import Any
 
 from tvm import relax
 from tvm.relax.frontend import nn
-from tvm.relax.frontend.nn import Tensor, op, spec
+from tvm.relax.frontend.nn import Tensor, spec
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedKVCache
 
+from edgeq.backends.mlc import operators
 from edgeq.backends.mlc.layers import Linear, Norm, Precision
 from edgeq.model import Model
 
@@ -71,7 +72,7 @@ class Decoder(nn.Module):
         for layer in self.model.layers:
             x = layer(x, kv, kept)
         if positions is not None:
-            x = op.take(x, positions, axis=1)
+            x = operators.at_positions(x, positions)
         logits = (self.lm_head or self.model.embed_tokens)(self.model.norm(x), "float32")
         return (logits, kv, kept) if kept else (logits, kv)
 

@@ -61,7 +61,7 @@ class Linear(nn.Module):
         """Rows `ids` int32 [n], as [n, inputs]."""
         if self.bits:
             return operators.packed_take(self._words(), self._scales(), ids, self.bits, self.dtype)
-        return op.astype(op.take(self.weight, ids, axis=0), self.dtype)
+        return operators.float_take(self.weight, ids, self.dtype)
 
     def _words(self) -> Tensor:
         return self.weight if self.bits == _BFLOAT16_BITS else self.q_weight

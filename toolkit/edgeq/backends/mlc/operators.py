@@ -47,6 +47,26 @@ def packed_take(words: Tensor, scales: Tensor | None, ids: Tensor, bits: int, dt
     return op.tensor_expr_op(build, f"take_{bits}_bits", given)
 
 
+def float_take(weights: Tensor, ids: Tensor, dtype: str) -> Tensor:
+    """Rows `ids` int32 [n] of a matrix of floats, [n, inputs]."""
+
+    def build(weights: Any, ids: Any) -> Any:
+        shape = (ids.shape[0], weights.shape[1])
+        return te.compute(shape, lambda n, i: weights[ids[n], i].astype(dtype), "take")
+
+    return op.tensor_expr_op(build, "take", [weights, ids])
+
+
+def at_positions(x: Tensor, positions: Tensor) -> Tensor:
+    """x [1, n, hidden] at `positions` int32 [m], [1, m, hidden]."""
+
+    def build(x: Any, positions: Any) -> Any:
+        shape = (1, positions.shape[0], x.shape[2])
+        return te.compute(shape, lambda b, m, i: x[b, positions[m], i], "at_positions")
+
+    return op.tensor_expr_op(build, "at_positions", [x, positions])
+
+
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """x * weight / sqrt(mean(x^2) + epsilon) over the last axis; weight float32. (Zhang and Sennrich 2019)"""
 
@@ -148,9 +168,7 @@ def decay_and_beta(ba: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, 
 
     def decay(ba: Any, a_log: Any, dt_bias: Any) -> Any:
         def at(b: Any, n: Any, head: Any) -> Any:
-            value = _float32(ba[b, n, heads + head]) + dt_bias[head]
-            small = te.log(te.exp(tirx.min(value, tirx.const(20.0, "float32"))) + tirx.const(1.0, "float32"))
-            return te.exp(-te.exp(a_log[head]) * tirx.if_then_else(value > 20.0, value, small))
+            return te.exp(-te.exp(a_log[head]) * _softplus(_float32(ba[b, n, heads + head]) + dt_bias[head]))
 
         return te.compute((*ba.shape[:2], heads), at, "decay")
 
@@ -183,6 +201,14 @@ def _unpacked(words: Any, scales: Any, bits: int, row: Any, column: Any) -> Any:
     code = tirx.bitwise_and(tirx.shift_right(word, shift), tirx.const((1 << bits) - 1, "uint32"))
     group = words.shape[1] * each // scales.shape[1]
     return (code.astype(scales.dtype) - tirx.const(middle(bits), scales.dtype)) * scales[row, column // group]
+
+
+def _softplus(value: Any) -> Any:
+    """log(1 + exp(value)), by its series where the sum would lose exp(value), without overflow where it is large."""
+    grown = te.exp(tirx.min(value, tirx.const(20.0, "float32")))
+    series = grown * (1.0 - grown * (0.5 - grown * (1 / 3 - grown * 0.25)))
+    logarithm = te.log(grown + tirx.const(1.0, "float32"))
+    return tirx.if_then_else(value > 20.0, value, tirx.if_then_else(grown < 0.01, series, logarithm))
 
 
 def _squares(x: Any) -> Any:

@@ -13,6 +13,11 @@ from tvm import relax, tirx
 from edgeq.backends.mlc import schedules
 
 _TOKEN = ("embed", "decode")
+_STORAGE = "relax.memory.alloc_storage"
+_CREATE_CACHE = "create_tir_paged_kv_cache"
+_CACHE = "vm.builtin.paged_attention_kv_cache_create"
+_LAYERS, _KEY_VALUES, _SIZES, _LIKE = 1, 3, (4, 5), 12
+"""Its arguments: bounds of the stages' layers, key and value heads, sizes of keys and of values, a value of the dtype."""
 
 
 @dataclass(frozen=True)
@@ -89,27 +94,39 @@ def _size(extent: Any) -> int:
 
 
 def plan(found: dict[str, Any]) -> Any:
-    """Pass that enters the bytes of storage that each function allocates under `temporary_bytes`; changes nothing."""
+    """Pass that enters what memory each function and a token of the cache take; changes nothing.
+
+    Entered are bytes of storage by function as `temporary_bytes`, and `kv_cache_bytes_per_token`.
+    """
 
     @tvm.transform.module_pass(opt_level=0, name="edgeq_plan")
     def run(module: Any, _: Any) -> Any:
-        found["temporary_bytes"] = {
-            variable.name_hint: _storage(function)
+        functions = {
+            variable.name_hint: function
             for variable, function in module.functions_items()
-            if isinstance(function, relax.Function) and function.attrs and "global_symbol" in function.attrs
+            if isinstance(function, relax.Function)
         }
+        found["temporary_bytes"] = {
+            name: sum(math.prod(int(size) for size in call.args[0]) for call in _calls(function, _STORAGE))
+            for name, function in functions.items()
+        }
+        (cache,) = _calls(functions[_CREATE_CACHE], _CACHE)
+        layers, key_values, *dims = (cache.args[index] for index in (_LAYERS, _KEY_VALUES, *_SIZES))
+        width = tvm.DataType(str(cache.args[_LIKE].ty.dtype)).bits // 8
+        count = int(list(layers)[-1])
+        found["kv_cache_bytes_per_token"] = count * int(key_values.value) * sum(int(each.value) for each in dims) * width
         return module
 
     return run
 
 
-def _storage(function: Any) -> int:
-    total = 0
+def _calls(function: Any, name: str) -> list[Any]:
+    """Calls of an operator or a function of the runtime."""
+    calls: list[Any] = []
 
     def visit(node: Any) -> None:
-        nonlocal total
-        if isinstance(node, relax.Call) and node.op == tvm.ir.Op.get("relax.memory.alloc_storage"):
-            total += math.prod(int(value) for value in node.args[0])
+        if isinstance(node, relax.Call) and name in (getattr(node.op, "name", ""), getattr(node.op, "global_symbol", "")):
+            calls.append(node)
 
     relax.analysis.post_order_visit(function, visit)
-    return total
+    return calls

@@ -14,13 +14,17 @@ from edgeq.recipe import Recipe
 from edgeq.target import Target
 
 ENGINE = ("onnxruntime",)
-SCALE_BITS = 32
 _BUILD_TOOLS = (*ENGINE, "onnxruntime-genai", "onnx-ir", "transformers", "torch", "numpy", "ml-dtypes")
 
 
 def provider(target: Target) -> str:
     """`cpu`, `webgpu` or `cuda`, as the target says."""
     return target.onnx.provider
+
+
+def scale_bits(recipe: Recipe) -> int:  # noqa: ARG001
+    """MatMulNBits keeps them in the type of its input, float32."""
+    return 32
 
 
 def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001

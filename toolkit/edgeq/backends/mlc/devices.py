@@ -1,0 +1,48 @@
+"""Where libraries are compiled for and where they run: TVM's targets and devices."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+from edgeq.target import Target
+
+_CPU = {"x86_64": {"mcpu": "x86-64-v3"}, "aarch64": {}}
+"""What every x86-64 target of edgeq has at least (AVX2, FMA, F16C), and any 64-bit ARM."""
+
+
+def tvm_target(target: Target) -> Any:
+    """`tvm.target.Target` with its host: code generator, architecture and limits from the target's file."""
+    from tvm.target import Target as TvmTarget
+
+    kind, mcpu = target.code_generator, target.mlc.mcpu
+    host = {"kind": "llvm", "mtriple": target.host} | ({"mcpu": mcpu} if mcpu else {})
+    if kind == "llvm":
+        return TvmTarget(host)
+    limits = {name: value for name, value in target.mlc.limits().items() if value is not None}
+    if kind == "webgpu":
+        limits = {"max_num_threads": limits["max_threads_per_block"]}
+    arch = {"arch": target.gpu.arch} if kind == "cuda" and target.gpu else {}
+    return TvmTarget({"kind": kind, **arch, **limits}, host)
+
+
+def this_cpu() -> Any:
+    """`tvm.target.Target` of this machine's CPU."""
+    from tvm.target import Target as TvmTarget
+
+    return TvmTarget({"kind": "llvm", **_CPU[_arch()]})
+
+
+def find(provider: str) -> Any | None:
+    """TVM's first device of an API; None where the runtime has not that API or sees no device of it."""
+    import tvm
+
+    try:
+        device = tvm.runtime.device(provider, 0)
+        return device if device.exist else None
+    except (ValueError, RuntimeError):
+        return None
+
+
+def _arch() -> str:
+    return platform.machine().lower().replace("arm64", "aarch64").replace("amd64", "x86_64")
