@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import platform
 import struct
 import subprocess
 import sys
@@ -67,6 +68,23 @@ def export(executable: Any, folder: Path, triple: str, binaries: Mapping[str, by
         out = folder / f"{NAME}{system.suffix}"
         _link(objects, out, f"{_split(triple)[0]}-{system.zig}", system.flags)
     return require(out, triple)
+
+
+def find(folder: Path) -> Path:
+    """The library in a folder that `export` wrote into; raises BackendFault when there is none."""
+    found = next(iter(sorted(folder.glob(f"{NAME}.*"))), None)
+    if found is None:
+        raise BackendFault(f"{folder} has no library", run="edgeq build ... again")
+    return found
+
+
+def is_for_this_machine(path: Path) -> bool:
+    """Whether this system can load a library; its kernels' device is another matter."""
+    system = {"linux": "linux-gnu", "darwin": "apple-darwin"}.get(sys.platform, sys.platform)
+    try:
+        return path.suffix != ".tar" and bool(require(path, f"{platform.machine()}-{system}"))
+    except BackendFault:
+        return False
 
 
 def inspect(path: Path) -> Format:

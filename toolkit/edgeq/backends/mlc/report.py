@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import tvm
 from tvm import relax, tirx
 
+from edgeq import data
 from edgeq.backends.mlc import schedules
 
+FILE = "compiled.json"
 _TOKEN = ("embed", "decode")
 _STORAGE = "relax.memory.alloc_storage"
 _CREATE_CACHE = "create_tir_paged_kv_cache"
@@ -20,14 +23,31 @@ _LAYERS, _KEY_VALUES, _SIZES, _LIKE = 1, 3, (4, 5), 12
 """Its arguments: bounds of the stages' layers, key and value heads, sizes of keys and of values, a value of the dtype."""
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A kernel, the schedule rule that took it, and how often it runs and how many bytes it moves for one token."""
 
     name: str
     rule: str
     calls: int
     bytes: int
+
+
+class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What was compiled: instruction sets that host code uses, type of matrices that are floats, and all kernels."""
+
+    isa: tuple[str, ...]
+    floats: str
+    kernels: tuple[Kernel, ...]
+
+
+def write(report: Report, folder: Path) -> None:
+    """Write a report into a bundle's folder."""
+    (folder / FILE).write_bytes(data.to_json(report))
+
+
+def read(folder: Path) -> Report:
+    """Report that `write` wrote; raises CorruptInput when it is damaged."""
+    return data.read_json(folder / FILE, Report)
 
 
 def fallback_share(kernels: Iterable[Kernel]) -> float:
@@ -43,7 +63,7 @@ def measure(found: dict[str, Any]) -> Any:
     @tvm.transform.module_pass(opt_level=0, name="edgeq_measure")
     def run(module: Any, _: Any) -> Any:
         found["bytes"] = {
-            variable.name_hint: _bytes(function)
+            str(variable.name_hint): _bytes(function)
             for variable, function in module.functions_items()
             if isinstance(function, tirx.PrimFunc)
         }
@@ -61,7 +81,7 @@ def count(found: dict[str, Any]) -> Any:
 
         def visit(node: Any) -> None:
             if isinstance(node, relax.Call) and node.args and isinstance(node.args[0], tvm.ir.GlobalVar):
-                name = node.args[0].name_hint
+                name = str(node.args[0].name_hint)
                 calls[name] = calls.get(name, 0) + 1
 
         for name in _TOKEN:
@@ -102,7 +122,7 @@ def plan(found: dict[str, Any]) -> Any:
     @tvm.transform.module_pass(opt_level=0, name="edgeq_plan")
     def run(module: Any, _: Any) -> Any:
         functions = {
-            variable.name_hint: function
+            str(variable.name_hint): function
             for variable, function in module.functions_items()
             if isinstance(function, relax.Function)
         }

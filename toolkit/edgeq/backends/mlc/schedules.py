@@ -34,7 +34,7 @@ def apply(target: Any, taken: dict[str, str]) -> Any:
         for variable, function in list(module.functions_items()):
             if not isinstance(function, tirx.PrimFunc):
                 continue
-            name = variable.name_hint
+            name = str(variable.name_hint)
             if function.attrs.get(SCHEDULED, 0):
                 taken[name] = OWN
                 continue
@@ -64,7 +64,7 @@ def _is_few_rows(function: Any) -> bool:
     """Whether an argument is [b, 1, inputs] with unknown b: a decoding step of several sequences."""
     shapes = [parameter.ty.shape for parameter in function.params if hasattr(parameter.ty, "shape")]
     return any(
-        len(shape) == 3 and not isinstance(shape[0], tirx.IntImm) and tvm.ir.structural_equal(shape[1], tirx.const(1, shape[1].dtype))
+        len(shape) == 3 and not isinstance(shape[0], tirx.IntImm) and isinstance(shape[1], tirx.IntImm) and shape[1] == 1
         for shape in shapes
     )
 
