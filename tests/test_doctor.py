@@ -155,6 +155,24 @@ def test_a_target_without_llama_cpp_is_not_asked_for_it(tmp_path: Path) -> None:
     assert not names & set(LLAMA_CPP)
 
 
+@pytest.mark.parametrize(("release", "revision", "status"), [(36, "4.3", "FAILED"), (38, "2.0", "UNKNOWN")])
+def test_a_jetson_is_told_whether_tvms_cuda_runtime_suits_its_jetpack(
+    tmp_path: Path, release: int, revision: str, status: str
+) -> None:
+    root = machines.jetson_orin_nano_super(tmp_path)
+    machines.write(root, {"etc/nv_tegra_release": f"# R{release} (release), REVISION: {revision}, GCID: 1\n"})
+    check = ask(root, "jetson")["tvm cuda runtime"]
+    assert check.status == status
+    assert ("use the llamacpp backend: CMAKE_ARGS=" in check.remedy) == (status == "FAILED")
+
+
+def test_a_target_without_mlc_is_not_asked_for_it(tmp_path: Path) -> None:
+    alone = msgspec.structs.replace(target.load("jetson"), backends=("llamacpp",))
+    assert "tvm" in ask(machines.cloud_vm(tmp_path), "jetson")
+    names = {check.name for check in doctor.checks(alone, machines.cloud_vm(tmp_path))}
+    assert not names & {"tvm", "tvm cuda runtime", "cuda kernel compiler", "kernel check", "mlc_llm"}
+
+
 def test_no_usable_backend_fails_with_its_install_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect, "usable_backends", lambda _: (BackendState("onnx", False, False, "pip install onnx"),))
     check = ask(machines.cloud_vm(tmp_path))["backend"]

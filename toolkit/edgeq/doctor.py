@@ -23,7 +23,7 @@ Status = Literal["PASSED", "FAILED", "UNKNOWN"]
 OLDEST_PYTHON = (3, 11)
 DISK_BYTES = 2 * 10**9  # checkpoint and bundle of the smallest catalogue model, twice over
 MEMORY_BYTES = 2 * 10**9  # its float32 reference: half a billion parameters of 4 bytes
-_GPU_BACKENDS = ("llamacpp",)
+_GPU_BACKENDS = ("llamacpp", "mlc")
 _REQUIREMENT = re.compile(r"([A-Za-z0-9._-]+)\s*([^;]*)(?:;\s*extra\s*==\s*['\"](\w+)['\"])?")
 
 
@@ -53,7 +53,8 @@ def checks(target: Target, root: Path = ROOT) -> list[Check]:
         found.append(_gpu(target, machine))
     return [
         *found,
-        *_llamacpp(target, machine, root),
+        *_engine("llamacpp", target, machine, root),
+        *_engine("mlc", target, machine, root),
         *_onnx(target, machine),
         _memory(machine),
         _cores(machine, physical_cores(root)),
@@ -171,11 +172,11 @@ def _gpu(target: Target, machine: Machine) -> Check:
     return _check("gpu", False if here else None, expected, observed, "check again on the device itself")
 
 
-def _llamacpp(target: Target, machine: Machine, root: Path) -> list[Check]:
-    if "llamacpp" not in target.backends:
+def _engine(name: str, target: Target, machine: Machine, root: Path) -> list[Check]:
+    """What a backend itself looks for, where the target has that backend."""
+    if name not in target.backends:
         return []
-    from edgeq.backends.llamacpp import checks
-
+    checks = importlib.import_module(f"edgeq.backends.{name}.checks")
     here = detect.mismatch(target, machine) is None
     return [_check(*found) for found in checks.findings(target, machine, root, here=here)]
 
