@@ -11,6 +11,12 @@ from edgeq.errors import CorruptInput, UsageFault
 from edgeq.target import Figure, Target
 
 SHIPPED = target.names()
+LLVM = {
+    **{name: name for name in ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")},
+    **{name: name for name in ("neon", "dotprod", "i8mm", "bf16", "sve2")},
+    **{"fullfp16": "fp16", "avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "amx-int8": "amx_int8"},
+}
+"""Instruction sets by LLVM's names of them."""
 
 
 def figures(value: object) -> Iterator[Figure]:
@@ -100,6 +106,16 @@ def test_mlc_knows_the_limits_of_a_gpu_and_the_processor(name: str) -> None:
     assert found.code_generator == found.mlc.kind
     assert all(found.mlc.limits().values()) == (found.mlc.kind != "llvm")
     assert bool(found.mlc.mcpu) == (found.cpu.arch != "wasm32")
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if target.load(name).mlc.mcpu])
+def test_code_for_the_processor_runs_on_every_such_device(name: str) -> None:
+    codegen = pytest.importorskip("tvm.target.codegen", reason="apache-tvm is not installed")
+    found = target.load(name)
+    assert codegen.llvm_is_valid_cpu(found.mlc.mcpu, found.host)
+    kind = {"kind": "llvm", "mtriple": found.host, "mcpu": found.mlc.mcpu}
+    features = {str(each) for each in codegen.llvm_get_cpu_features(codegen.Target(kind))}
+    assert {LLVM[each] for each in features & set(LLVM)} <= set(found.cpu.isa)
 
 
 def test_every_generator_of_the_index_has_a_target() -> None:
