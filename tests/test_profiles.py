@@ -41,7 +41,13 @@ _DOCUMENT: dict[str, Any] = {
         "python": "3.11",
         "product": None,
     },
-    "load": {"warm_s": 0.5, "cold_s": None, "reason": "the page cache keeps the files"},
+    "load": {
+        "warm_s": 0.5,
+        "cold_s": None,
+        "reason": "the page cache keeps the files",
+        "first_s": 12.5,
+        "first_reason": None,
+    },
     "first_token_s": _SPREAD,
     "first_token_from": "text",
     "prefill": [{"tokens": 128, "depth": 0, "tokens_per_s": _SPREAD}],
@@ -120,6 +126,13 @@ def test_document_keeps_every_key_and_survives_a_round_trip(tmp_path: Path) -> N
     assert msgspec.json.decode(file.read_bytes()) == _DOCUMENT
     assert profiles.read(file) == _profile()
     assert [path.name for path in file.parent.iterdir()] == ["b.json"]
+
+
+def test_a_profile_from_before_first_loads_were_timed_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    file.write_bytes(msgspec.json.encode(_DOCUMENT | {"load": {"warm_s": 0.5, "cold_s": 0.9, "reason": None}}))
+    found = profiles.read(file).load
+    assert (found.cold_s, found.first_s, found.first_reason) == (0.9, None, None)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ _PROMISED: dict[str, Any] = {
     "tools": {},
     "threads": {},
     "machine": {"cpu_model", "arch", "isa", "memory_bytes"},
-    "load": {"warm_s", "cold_s"},
+    "load": {"warm_s", "cold_s", "first_s", "first_reason"},
     "first_token_s": {"median", "low", "high", "cv", "samples"},
     "prefill": {},
     "decode": {},
@@ -97,7 +97,55 @@ def test_what_is_null_has_a_reason(null_bundle: Path, target: Target, machine: M
     assert row.sustained_reason
     assert "KV cache" in (row.memory.reason or "")
     assert (row.load.cold_s is None) == (row.load.reason is not None)
+    assert (row.load.first_s is None) == (row.load.first_reason is not None)
     assert row.energy.decode_j_per_token is not None or row.energy.reason
+
+
+_RECORDER = """
+import json, os
+from edgeq.backends.null import NullSession
+
+def load(folder, bundle):
+    cache = os.environ.get("EDGEQ_KERNEL_CACHE")
+    seen = [None if cache is None else os.listdir(cache), os.environ.get("CUDA_CACHE_DISABLE")]
+    with open({log!r}, "a") as log:
+        log.write(json.dumps(seen) + "\\n")
+    return NullSession(bundle.config["vocab_size"])
+"""
+
+
+def test_the_first_load_is_timed_without_any_kernel_compiled_before(
+    null_bundle: Path, target: Target, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "loads"
+    (tmp_path / "recorder.py").write_text(_RECORDER.format(log=str(log)))
+    (tmp_path / "sitecustomize.py").write_text("from edgeq import backends\nbackends._MODULES['null'] = 'recorder'\n")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    for name in ("EDGEQ_KERNEL_CACHE", "CUDA_CACHE_DISABLE"):
+        monkeypatch.delenv(name, raising=False)
+    load = profile(null_bundle, target, machine, Plan((8,), 4, (0,), 1, "none"), progress=_silent).load
+    cold, first, speed = map(json.loads, log.read_text().splitlines())
+    assert (cold, first, speed) == ([None, None], [[], "1"], [None, None])
+    assert load.first_s is not None
+    assert (load.first_s > 0, load.first_reason) == (True, None)
+
+
+@pytest.mark.parametrize(
+    ("provider", "system", "reason"),
+    [
+        ("cpu", "Linux", "nothing is compiled on loading for the CPU"),
+        ("cuda", "Linux", "0 of 1 layers run on cuda"),
+        ("null", "macOS 15.5", "macOS keeps compiled kernels itself, and cannot be told to forget them"),
+    ],
+)
+def test_a_first_load_like_any_other_is_not_timed(
+    null_bundle: Path, target: Target, machine: Machine, provider: str, system: str, reason: str
+) -> None:
+    manifest = msgspec.structs.replace(bundle.read(null_bundle), provider=provider)
+    (null_bundle / bundle.MANIFEST).write_bytes(msgspec.json.encode(bundle.seal(manifest)))
+    here = msgspec.structs.replace(machine, os=system)
+    load = profile(null_bundle, target, here, Plan((8,), 4, (0,), 1, "none"), progress=_silent).load
+    assert (load.first_s, load.first_reason) == (None, reason)
 
 
 def test_without_a_reference_accuracy_says_so(null_bundle: Path, target: Target, machine: Machine) -> None:

@@ -41,12 +41,15 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Load(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Seconds from nothing to a session in a new process, the engine's import included.
 
-    warm: files in the page cache; cold: evicted from it first.
+    warm: files in the page cache; cold: evicted from it first. first: as warm, but up to one token, with no kernel
+    compiled before: what someone waits for who starts a bundle for the first time, or after the driver changed.
     """
 
     warm_s: float
     cold_s: float | None
     reason: str | None
+    first_s: float | None = None
+    first_reason: str | None = None
 
 
 class Prefill(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

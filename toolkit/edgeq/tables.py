@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgeq.catalog import Entry
     from edgeq.detect import BackendState
     from edgeq.doctor import Check
-    from edgeq.profiles import Profile, Spread
+    from edgeq.profiles import Load, Profile, Spread
     from edgeq.sheets import Detection, ModelSheet, PlanSheet
     from edgeq.target import Target
     from edgeq.verifying import Verified
@@ -73,7 +73,7 @@ def profile(document: Profile) -> Table:
         *((f"prefill {each.tokens}", f"{_rate(each.tokens_per_s)} tokens/s") for each in document.prefill),
         *((f"decode at {each.depth}", f"{_rate(each.tokens_per_s)} tokens/s") for each in document.decode),
         ("first token", f"{document.first_token_s.median * 1e3:.1f} ms from {document.first_token_from}"),
-        ("load", f"{document.load.warm_s:.2f} s warm, {_seconds(document.load.cold_s)} cold"),
+        ("load", _load(document.load)),
         ("peak memory", show_bytes(memory.peak_rss_bytes)),
         ("", ", ".join(f"{name} {show_bytes(phase.rss_bytes)}" for name, phase in phases)),
     ]
@@ -196,6 +196,11 @@ def _gate(gate: Gate) -> str:
         f"top-1 {gate.top1_agreement:.3f}, "
         f"perplexity {gate.perplexity_reference:.3f} -> {gate.perplexity:.3f}, on {gate.ran_on}"
     )
+
+
+def _load(load: Load) -> str:
+    known = f"{load.warm_s:.2f} s warm, {_seconds(load.cold_s)} cold"
+    return known if load.first_s is None else f"{known}, {load.first_s:.2f} s with kernels to compile"
 
 
 def _seconds(value: float | None) -> str:

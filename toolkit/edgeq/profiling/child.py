@@ -25,6 +25,7 @@ from edgeq.profiling.repetitions import Configuration, Stopwatch
 _TOKENIZER = "tokenizer.json"
 _ENERGY_SEED = 1 << 21
 _ENERGY_S = 10.0
+_FIRST_PROMPT = 8
 
 Say = Callable[[messages.Answer | messages.Progress], None]
 
@@ -46,6 +47,8 @@ def _answer(request: bytes, say: Say) -> messages.Answer:
         job = msgspec.json.decode(request, type=messages.Job)
         if isinstance(job, messages.ColdJob):
             return cold(Path(job.folder))
+        if isinstance(job, messages.FirstJob):
+            return first(Path(job.folder))
         if isinstance(job, messages.AccuracyJob):
             return loss(Path(job.folder), Path(job.reference), say)
         return speed(job, say)
@@ -71,6 +74,19 @@ def cold(folder: Path) -> messages.Cold:
     placement = session.placement
     session.close()
     return messages.Cold(seconds=None if reason else seconds, placement=placement, reason=reason)
+
+
+def first(folder: Path) -> messages.First:
+    """Time of one load and one token, whatever the environment says of kernels that were compiled before."""
+    manifest = bundle.read(folder)
+    ids = repetitions.prompt_ids(_vocabulary(manifest), _FIRST_PROMPT, 0)
+    backend = backends.get(manifest.backend)
+    start = time.perf_counter()
+    session = backend.load(folder, manifest)
+    next(iter(session.generate(ids, 1)))
+    seconds = time.perf_counter() - start
+    session.close()
+    return messages.First(seconds=seconds)
 
 
 def loss(folder: Path, reference: Path, say: Say) -> messages.Loss:

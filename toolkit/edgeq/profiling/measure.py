@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,13 +12,22 @@ from edgeq import backends, bundle, model, profiles, recipe
 from edgeq.accuracy import Accuracy
 from edgeq.errors import UsageFault
 from edgeq.machine import Machine, physical_cores
-from edgeq.profiles import Identity, Load, Memory, Profile
+from edgeq.profiles import Identity, Load, Memory, Placement, Profile
 from edgeq.profiling import messages, process, rows
 from edgeq.target import Target
 from edgeq.version import VERSION
 
 _TIMEOUT_S = 1800.0
 _ACCURACY = ("none", "quick", "full")
+_CACHES_OFF = {
+    "CUDA_CACHE_DISABLE": "1",
+    "__GL_SHADER_DISK_CACHE": "0",
+    "MESA_SHADER_CACHE_DISABLE": "1",
+    "NEO_CACHE_PERSISTENT": "0",
+    "POCL_KERNEL_CACHE": "0",
+}
+"""Kernels that drivers keep: CUDA, NVIDIA's Vulkan, Mesa, Intel's OpenCL, PoCL (the manuals of each)."""
+_CACHE_FOLDERS = ("EDGEQ_KERNEL_CACHE", "XDG_CACHE_HOME")
 _KV_BYTES = {32: 4.0, 16: 2.0, 8: 34 / 32}  # 8: GGML's Q8_0, 32 bytes and a float16 scale
 
 Progress = Callable[[str, int, int], None]
@@ -62,6 +72,7 @@ def profile(
     cold = children.run(messages.ColdJob(folder=str(folder)), messages.Cold)
     if plan.require_accelerator:
         profiles.require_accelerator(cold.placement, manifest.target, manifest.provider)
+    first_s, no_first = _first(children, folder, manifest, machine, cold.placement)
     speed = children.run(
         messages.SpeedJob(
             folder=str(folder),
@@ -73,7 +84,8 @@ def profile(
         messages.Speed,
     )
     loss, no_loss = _accuracy(children, folder, plan, full_reference)
-    return _row(manifest, target, machine, plan, cold, speed, loss, no_loss)
+    load = Load(warm_s=speed.warm_s, cold_s=cold.seconds, reason=cold.reason, first_s=first_s, first_reason=no_first)
+    return _row(manifest, target, machine, plan, load, speed, loss, no_loss)
 
 
 def _row(
@@ -81,7 +93,7 @@ def _row(
     target: Target,
     machine: Machine,
     plan: Plan,
-    cold: messages.Cold,
+    load: Load,
     speed: messages.Speed,
     loss: Accuracy | None,
     no_loss: str | None,
@@ -107,7 +119,7 @@ def _row(
         tools=(f"edgeq {VERSION}", *(f"{name} {importlib.metadata.version(name)}" for name in engine)),
         threads=physical_cores(),
         machine=machine,
-        load=Load(warm_s=speed.warm_s, cold_s=cold.seconds, reason=cold.reason),
+        load=load,
         first_token_s=first_token_s,
         first_token_from=first_token_from,
         prefill=rows.prefill(prefills),
@@ -139,6 +151,23 @@ def _check(plan: Plan, manifest: bundle.Bundle) -> None:
             f"{longest} tokens and {plan.tokens} more do not fit the bundle's context of {manifest.context}",
             run="build with a longer --context, or profile with shorter -p, -d and -n",
         )
+
+
+def _first(
+    children: process.Children, folder: Path, manifest: bundle.Bundle, machine: Machine, placement: Sequence[Placement]
+) -> tuple[float | None, str | None]:
+    """Seconds of the first load and its first token with no kernel compiled before, or why that was not measured."""
+    if manifest.provider == "cpu":
+        return None, "nothing is compiled on loading for the CPU"
+    total = sum(place.layers for place in placement)
+    there = sum(place.layers for place in placement if place.provider == manifest.provider)
+    if not there or there < total:
+        return None, f"{there} of {total} layers run on {manifest.provider}"
+    if machine.os.startswith("macOS"):
+        return None, "macOS keeps compiled kernels itself, and cannot be told to forget them"
+    with tempfile.TemporaryDirectory() as empty:
+        environment = _CACHES_OFF | dict.fromkeys(_CACHE_FOLDERS, empty)
+        return children.run(messages.FirstJob(folder=str(folder)), messages.First, environment).seconds, None
 
 
 def _accuracy(

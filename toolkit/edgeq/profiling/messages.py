@@ -14,6 +14,12 @@ class ColdJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     folder: str
 
 
+class FirstJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Load the bundle and produce one token; the child was started with empty kernel caches."""
+
+    folder: str
+
+
 class SpeedJob(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
     """Load the bundle, then time it: prompt lengths, tokens to decode, and depths to decode at."""
 
@@ -57,6 +63,12 @@ class Cold(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     reason: str | None
 
 
+class First(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """Seconds until the first token of a process that had to compile every kernel that it needed."""
+
+    seconds: float
+
+
 class Timed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
     """One repetition, made on the prompt of its `attempt`: its first token, the seconds between its tokens, if any.
 
@@ -91,5 +103,5 @@ class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     accuracy: Accuracy
 
 
-Job = ColdJob | SpeedJob | AccuracyJob
-Answer = Cold | Speed | Loss | Fault
+Job = ColdJob | FirstJob | SpeedJob | AccuracyJob
+Answer = Cold | First | Speed | Loss | Fault

@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import IO, TypeVar
 
 import msgspec
@@ -20,9 +21,10 @@ from edgeq.errors import BackendFault, BackendKilled, EdgeqError
 from edgeq.profiling import messages
 
 Progress = Callable[[str, int, int], None]
-Result = TypeVar("Result", messages.Cold, messages.Speed, messages.Loss)
+Result = TypeVar("Result", messages.Cold, messages.First, messages.Speed, messages.Loss)
 _COMMAND = (sys.executable, "-P", "-m", "edgeq.profiling.child")
 _QUIET = {"ORT_DISABLE_TELEMETRY": "1"}
+_AS_IT_IS: Mapping[str, str] = MappingProxyType({})
 _LONGEST_LINE = 300
 _VERIFY = "edgeq verify BUNDLE"
 _MIB = 1 << 20
@@ -36,8 +38,8 @@ class Children:
     memory_bytes: int | None
     timeout_s: float
 
-    def run(self, job: messages.Job, kind: type[Result]) -> Result:
-        """Answer of a child that does the job.
+    def run(self, job: messages.Job, kind: type[Result], environment: Mapping[str, str] = _AS_IT_IS) -> Result:
+        """Answer of a child that does the job, with some environment variables of its own.
 
         Raises the child's own EdgeqError again; BackendFault when it fails or says nothing, BackendKilled when a
         signal or the time limit ends it.
@@ -46,7 +48,11 @@ class Children:
         with (
             tempfile.TemporaryFile() as noise,
             subprocess.Popen(
-                _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=noise, env=os.environ | _QUIET
+                _COMMAND,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=noise,
+                env={**os.environ, **_QUIET, **environment},
             ) as child,
         ):
             limit = threading.Timer(self.timeout_s, _stop, (child, expired))
