@@ -102,7 +102,7 @@ class Onnx(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 class Mlc(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How TVM generates code for the device: by which generator, within which limits of the GPU, for which processor.
 
-    `kind` None: the API's own name. TVM as its package index has it generates code for every kind but `vulkan`, which
+    `kind` None: the API's own name. TVM from the package index generates code for every kind but `vulkan`, which
     needs the official compiler: a Vulkan GPU that has an OpenCL driver as well is therefore an `opencl` one here. The
     limits are those that schedules keep to, in threads and bytes; a GPU has all three, `llvm` none. `mcpu` is LLVM's
     name of the processor, None for any of its architecture.
