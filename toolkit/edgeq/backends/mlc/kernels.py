@@ -13,7 +13,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -171,32 +171,27 @@ def cache_compiled(folder: Path, compile_source: Callable[[str, str], bytes] = c
 def _nvcc(arch: str) -> str | None:
     """This machine's nvcc, if it knows the architecture."""
     nvcc = shutil.which("nvcc") or shutil.which(_NVCC)
-    return nvcc if nvcc and arch in _run(nvcc, "--list-gpu-code").stdout.split() else None
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout if nvcc else ""
+    return nvcc if arch in known.split() else None
 
 
 def _compile(nvcc: str, source: str, arch: str) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
-        file, out = Path(scratch) / "kernels.cu", Path(scratch) / "kernels.cubin"
-        file.write_text(source, encoding="utf-8")
-        _accepted(_run(nvcc, "-cubin", f"-arch={arch}", "-O3", "-w", "-o", out, file), f"nvcc for {arch}")
-        return out.read_bytes()
+        _run([nvcc, "-cubin", f"-arch={arch}", "-O3", "-w", "-o", "out.cubin"], "kernels.cu", source, Path(scratch))
+        return Path(scratch, "out.cubin").read_bytes()
 
 
 def _parse(clang: str, source: str) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "kernels.cl"
-        file.write_text(source, encoding="utf-8")
-        _accepted(_run(clang, *_CL_OPTIONS, "-fsyntax-only", file), "clang as OpenCL C")
+        _run([clang, *_CL_OPTIONS, "-fsyntax-only", "-w"], "kernels.cl", source, Path(scratch))
 
 
-def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, errors="replace")
-
-
-def _accepted(done: subprocess.CompletedProcess[str], compiler: str) -> None:
-    """Raises BackendFault with the first errors unless a compiler succeeded."""
+def _run(command: Sequence[str], name: str, source: str, folder: Path) -> None:
+    """Run a compiler in `folder` on a file there; raises BackendFault with its first errors unless it succeeds."""
+    (folder / name).write_text(source, encoding="utf-8")
+    done = subprocess.run([*command, name], cwd=folder, capture_output=True, text=True, errors="replace")
     if done.returncode:
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        errors = [line for line in said if re.search(r"\b(error|fatal)\b", line)] or said
+        errors = [line for line in said if re.search(r"\b(error|fatal)\s*:", line)] or said
         why = "\n".join(errors[:_SHOWN_LINES]) or f"It ended with code {done.returncode}."
-        raise BackendFault(f"the kernels are refused by {compiler}", why=why)
+        raise BackendFault(f"{Path(command[0]).name} refuses the kernels", why=why)

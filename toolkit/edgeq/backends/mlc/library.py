@@ -187,7 +187,10 @@ def _compiled(module: bytes, binaries: Mapping[str, bytes]) -> bytes:
         if module.startswith(before) and module.endswith(after):
             return _counted(b"cubin") + module[len(before) : -len(after)] + _counted(binary)
     if binaries:
-        raise BackendFault("the executable has other CUDA kernels than were compiled", why="No source is the same.")
+        raise BackendFault(
+            "the executable has other CUDA kernels than were compiled",
+            why="It is another executable, or was built outside kernels.kept_as_source.",
+        )
     return module
 
 
