@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,11 @@ from tvm.s_tir.dlight.analysis import normalize_prim_func
 from tvm.s_tir.dlight.base import try_inline
 
 from edgeq.errors import BackendFault
+
+# TVM's scripts ask `inspect` who called them, which looks at every module for the frames of the import system itself:
+# 20 of the 24 seconds that its tensor intrinsics take to import.
+for _name in ("importlib._bootstrap", "importlib._bootstrap_external"):
+    inspect.modulesbyfile[f"<frozen {_name}>"] = _name
 
 _FEW = 4  # tokens or sequences that one weight is read for in a low-batch GEMV
 SCHEDULED = "tirx.is_scheduled"
