@@ -1,0 +1,366 @@
+"""The official compiler, `mlc_llm`, where its maker's packages are installed: run from outside, its products checked.
+
+It needs shapes alone. Weights are edgeq's own, in the layouts and under the names that its libraries ask for: what its
+converter would write is plain rounding, with norms in bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.backends.base import Job
+from edgeq.backends.mlc import packing, tensor_cache
+from edgeq.errors import BackendFault, BackendKilled, MissingTool, UnsupportedModel, UsageFault
+from edgeq.model import Model
+from edgeq.quantize.solution import Solution
+from edgeq.quantize.solve import as_float, solve
+from edgeq.recipe import Recipe
+from edgeq.size import is_quantized
+
+VARIABLE = "EDGEQ_MLC_PYTHON"
+"""Environment variable: a Python that has mlc_llm, whose packages bring a TVM of their own."""
+BUILT_IN = "the built-in compiler: pip install 'edgeq[tvm]'"
+INSTALL = (
+    "python -m venv mlc && mlc/bin/python -m pip install --pre -U -f https://mlc.ai/wheels mlc-llm-nightly-cpu "
+    f'mlc-ai-nightly-cpu && export {VARIABLE}="$PWD/mlc/bin/python", or {BUILT_IN}'
+)
+"""The maker's own line (its page of wheels is the only place that has them), in an environment of its own."""
+LIMIT_S = 1800.0
+"""Time for one compilation: minutes on two slow cores."""
+Parameters = dict[str, tuple[tuple[int, ...], str]]
+_PROBE_LIMIT_S = 60.0
+_PROBE = """
+import importlib.metadata, importlib.util, json, pathlib
+spec = importlib.util.find_spec("mlc_llm")
+roots = [pathlib.Path(each) for each in spec.submodule_search_locations or ()] if spec else []
+names = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
+print(json.dumps({
+    "complete": any((root / "__main__.py").is_file() and (root / "cli").is_dir() for root in roots),
+    "packages": {name: version for name, version in names.items() if name and name.startswith(("mlc-", "mlc_"))},
+}))
+"""
+_QUANTIZATIONS = {
+    ("w4g32", "w4g32", 16): "q4f16_1",
+    ("w4g32", "w4g32", 32): "q4f32_1",
+    ("f16", "f16", 16): "q0f16",
+    ("f32", "f32", 32): "q0f32",
+}
+"""MLC's names by body, table and bits of the cache, whose type is that of scales, norms and activations too."""
+_DTYPES = {"q4f16_1": "float16", "q4f32_1": "float32", "q0f16": "float16", "q0f32": "float32"}
+_TEMPLATES = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_5_text": "qwen3_5"}
+_MERGED = {"q_proj": "c_attn", "k_proj": "c_attn", "v_proj": "c_attn", "gate_proj": "gate_up_proj"}
+_MERGED["up_proj"] = "gate_up_proj"
+_FLOAT32 = (".A_log", ".dt_bias")
+_FORMATS = {b"\x7fELF": ("linux", 18, 20), b"\xcf\xfa\xed\xfe": ("darwin", 4, 8)}
+"""Magic number, system, and bytes of the processor's number: ELF-64's e_machine, Mach-O's cputype."""
+_PROCESSORS = {62: "x86_64", 183: "aarch64", 0x01000007: "x86_64", 0x0100000C: "aarch64"}
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_ERROR = re.compile(r"^(?:\w+\.)*\w*Error: .*", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Official:
+    """An installation: the Python that has it, and the package's name and version."""
+
+    python: Path
+    version: str
+
+
+def find() -> Official:
+    """Installation that EDGEQ_MLC_PYTHON names, else that of this Python.
+
+    Raises MissingTool with the maker's command when there is none, or only packages that took its name and are empty.
+    """
+    named = os.environ.get(VARIABLE)
+    python = Path(shutil.which(named or sys.executable) or named or sys.executable).absolute()
+    what = f"mlc_llm, the official MLC compiler, is not installed in {python}"
+    try:
+        asked = subprocess.run(
+            [python, "-c", _PROBE], cwd=python.parent, env=_environment(), capture_output=True, timeout=_PROBE_LIMIT_S
+        )
+        found = json.loads(asked.stdout)
+    except (OSError, subprocess.TimeoutExpired, ValueError) as error:
+        raise MissingTool(f"{VARIABLE}={named} is no Python that works", why=str(error), run=INSTALL) from error
+    packages = [f"{name} {version}" for name, version in sorted(found["packages"].items())]
+    if not found["complete"]:
+        why = f"Placeholders took its name, packages without a compiler: {', '.join(packages)}." if packages else ""
+        raise MissingTool(what, why=why, run=INSTALL)
+    llm = [package for package in packages if package[4:].startswith("llm")]
+    return Official(python, (llm or ["mlc_llm of unknown version"])[0])
+
+
+def quantization(recipe: Recipe) -> str:
+    """MLC's name of what a recipe stores; raises UsageFault, with a recipe that works, when it has none."""
+    found = _QUANTIZATIONS.get((recipe.body.name, recipe.table.name, recipe.kv_bits))
+    if found is None:
+        near = "f16-kv16" if recipe.body.is_float else f"w4g32-e4-rtn{'-kv16' if recipe.kv_bits < 32 else ''}"
+        raise UsageFault(
+            f"{recipe}: the official MLC compiler has no such layout",
+            why="It has 4 bits in groups of 32, the table included, and floats; scales and cache are of one type.",
+            run=f"edgeq build ... --recipe {near}, or use {BUILT_IN}",
+        )
+    return found
+
+
+def config(model: Model) -> dict[str, Any]:
+    """`config.json` as mlc_llm's three Qwen classes read it, text only.
+
+    Raises UnsupportedModel where those classes would take another shape than the checkpoint's.
+    """
+    found = model.config()
+    if model.model_type == "qwen2" and model.heads * model.head_dim != model.hidden:
+        raise _unsupported("head_dim other than hidden_size / num_attention_heads")
+    if model.model_type == "qwen3":
+        found["attention_bias"] = False
+    if model.linear is not None:
+        interval = model.layers // max(1, model.full_attention_layers)
+        kinds = ["linear_attention"] * (interval - 1) + ["full_attention"]
+        if list(model.layer_types) != [kinds[index % interval] for index in range(model.layers)]:
+            raise _unsupported("layer_types without a fixed interval")
+        found["full_attention_interval"] = interval
+    return found
+
+
+def names(model: Model) -> dict[str, tuple[str, ...]]:
+    """Checkpoint tensors, rows side by side, that each parameter of an unquantized library holds.
+
+    Queries of Qwen3.5 stay as the checkpoint has them, each head's gate after its query; so does its convolution.
+    """
+    found: dict[str, list[str]] = {}
+    for tensor in model.tensors():
+        found.setdefault(_name(tensor), []).append(tensor)
+    return {name: tuple(tensors) for name, tensors in found.items()}
+
+
+def parameters(model: Model, quantization: str) -> Parameters:
+    """Shape and dtype of every parameter that a library wants, by name.
+
+    With 4 bits, every matrix is codes and scales: Qwen3.5's `in_proj_a` and `in_proj_b`, which a recipe leaves alone
+    elsewhere, too.
+    """
+    dtype, shapes = _DTYPES[quantization], model.tensors()
+    found: Parameters = {}
+    for name, tensors in names(model).items():
+        rows, rest = sum(shapes[tensor][0] for tensor in tensors), shapes[tensors[0]][1:]
+        if quantization.startswith("q4") and len(rest) == 1:
+            stem = name.removesuffix("weight")
+            found[f"{stem}q_weight"] = (rows, rest[0] // 8), "uint32"
+            found[f"{stem}q_scale"] = (rows, rest[0] // 32), dtype
+        else:
+            found[name] = (rows, *rest), "float32" if name.endswith(_FLOAT32) else dtype
+    return found
+
+
+def compile_library(
+    official: Official,
+    model: Model,
+    quantization: str,
+    *,
+    device: Mapping[str, object],
+    host: str,
+    context: int,
+    chunk: int,
+    library: Path,
+    limit_s: float = LIMIT_S,
+) -> Parameters:
+    """Compile a model's library for one sequence at a time; its parameters in the library's own order.
+
+    device: TVM's target, so that no device is needed here; host: triple such as aarch64-linux-gnu; context and chunk:
+    tokens of a sequence, and of a prompt that run at once; limit_s: for each of the compiler's two steps.
+    Raises MissingTool without a linker for the host, BackendFault when the compiler fails or makes something else than
+    was asked for, BackendKilled when it takes longer or is killed.
+    """
+    environment = _linker(host)
+    with tempfile.TemporaryDirectory(prefix="edgeq-mlc-") as folder:
+        scratch = Path(folder)
+        (scratch / "config.json").write_text(json.dumps(config(model)), encoding="utf-8")
+        template = _TEMPLATES[model.model_type]
+        words = ["--quantization", quantization, "--conv-template", template, "-o", folder]
+        _run(official, ["gen_config", folder, *words], scratch, limit_s, environment)
+        made = scratch / "mlc-chat-config.json"
+        if not made.is_file():
+            raise BackendFault(f"mlc_llm gen_config ended well and wrote no {made.name}", why=official.version)
+        overrides = f"context_window_size={context};prefill_chunk_size={chunk};max_batch_size=1"
+        words = ["--device", json.dumps(dict(device)), "--host", host, "--opt", "O0", "--overrides", overrides]
+        _run(official, ["compile", str(made), *words, "-o", str(library.absolute())], scratch, limit_s, environment)
+    metadata = describe(library, host)
+    asked = {"quantization": quantization, "context_window_size": context, "prefill_chunk_size": chunk}
+    if wrong := [f"{key} {metadata.get(key)!r}" for key, value in asked.items() if metadata.get(key) != value]:
+        raise BackendFault(f"{library}: the library has {', '.join(wrong)}", why=f"Asked for: {asked}.")
+    found, wanted = _parameters(metadata), parameters(model, quantization)
+    if odd := sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)):
+        raise BackendFault(
+            f"{official.version} asks for other weights than edgeq writes",
+            why=f"{odd[0]}: it has {found.get(odd[0])}, edgeq {wanted.get(odd[0])}; {len(odd)} differ.",
+            run=f"use {BUILT_IN}",
+        )
+    return found
+
+
+def write(job: Job, wanted: Parameters, out: Path) -> None:
+    """Write edgeq's weights as a tensor cache into the folder `out`, under the names of `parameters`.
+
+    One matrix is held at a time. Raises what `solve` raises, and UnsupportedModel for values beyond float16.
+    """
+    model, every = job.checkpoint.model, names(job.checkpoint.model)
+    with tensor_cache.Writer(out) as cache:
+        for done, (name, tensors) in enumerate(every.items()):
+            job.progress("weights", done, len(every))
+            stem = name.removesuffix("weight")
+            if f"{stem}q_weight" in wanted:
+                packed = [packing.pack(_solved(job, tensor)) for tensor in tensors]
+                words, scales = (np.concatenate(each) for each in zip(*packed, strict=True))
+                cache.add(f"{stem}q_weight", words)
+                cache.add(f"{stem}q_scale", scales.astype(wanted[f"{stem}q_scale"][1]))
+            else:
+                values = np.concatenate([_floats(job, model, tensor) for tensor in tensors])
+                cache.add(name, values.astype(wanted[name][1]))
+        job.progress("weights", len(every), len(every))
+
+
+def describe(library: Path, host: str) -> dict[str, Any]:
+    """What a library says of itself, read from its bytes, which may be another processor's.
+
+    Raises BackendFault when it is missing, made for another host, or says nothing.
+    """
+    try:
+        content = library.read_bytes()
+    except OSError as error:
+        raise BackendFault(f"{library}: the compiler ended well and left no library", why=str(error)) from error
+    system, start, stop = _FORMATS.get(content[:4], ("no system", 0, 0))
+    processor = _PROCESSORS.get(int.from_bytes(content[start:stop], "little"), "no processor")
+    if not host.startswith(processor) or system not in host:
+        raise BackendFault(f"{library}: host code for {processor} and {system}, wanted {host}")
+    told = content[max(content.find(b'{"model_type": '), 0) :].decode("latin-1")
+    try:
+        found: dict[str, Any] = json.JSONDecoder().raw_decode(told)[0]
+    except ValueError as error:
+        raise BackendFault(f"{library}: the library does not describe itself", why=str(error)) from error
+    return found
+
+
+def check(folder: Path, library: Path, host: str) -> None:
+    """Check a finished bundle's files without running them: host code, digests of the weights, and that they fit.
+
+    Raises what `describe` raises, CorruptInput for damaged weights, BackendFault for those of another library.
+    """
+    wanted = _parameters(describe(library, host))
+    tensor_cache.check(folder)
+    held = {name: (tuple(each["shape"]), each["dtype"]) for name, each in tensor_cache.records(folder).items()}
+    if held != wanted:
+        odd = min(name for name in held.keys() | wanted.keys() if held.get(name) != wanted.get(name))
+        raise BackendFault(
+            f"{folder}: library and weights do not belong together",
+            why=f"{odd}: the library wants {wanted.get(odd)}, the weights have {held.get(odd)}.",
+            run="edgeq build ... again",
+        )
+
+
+def _name(tensor: str) -> str:
+    """Parameter of a library that holds a tensor."""
+    for part, whole in _MERGED.items():
+        tensor = tensor.replace(f".{part}.", f".{whole}.")
+    return tensor.replace(".conv1d.weight", ".conv1d_weight")
+
+
+def _solved(job: Job, tensor: str) -> Solution:
+    found = solve(job.checkpoint, job.recipe, tensor)
+    assert isinstance(found, Solution)
+    return found
+
+
+def _floats(job: Job, model: Model, tensor: str) -> NDArray[Any]:
+    values = job.checkpoint.tensor(tensor)
+    if is_quantized(tensor):
+        return as_float(job.checkpoint, job.recipe, tensor, values)
+    around_zero = model.generation == "3.5" and tensor.endswith("norm.weight")
+    if around_zero and not tensor.endswith("linear_attn.norm.weight"):
+        values += np.float32(1)  # transformers adds it when it runs
+    return values
+
+
+def _parameters(metadata: Mapping[str, Any]) -> Parameters:
+    try:
+        return {each["name"]: (tuple(each["shape"]), each["dtype"]) for each in metadata["params"]}
+    except (KeyError, TypeError) as error:
+        raise BackendFault("the library does not say which weights it wants", why=repr(error)) from error
+
+
+def _unsupported(what: str) -> UnsupportedModel:
+    return UnsupportedModel(f"config.json: the official MLC compiler cannot hold {what}", run=f"use {BUILT_IN}")
+
+
+def _linker(host: str) -> dict[str, str]:
+    """Environment in which TVM links for a host: nothing for this machine's own processor and system."""
+    here = "darwin" if sys.platform == "darwin" else "linux"
+    if here not in host:
+        raise UsageFault(f"the official MLC compiler links for {host} on such a machine only", run=f"use {BUILT_IN}")
+    if host.partition("-")[0] == platform.machine().replace("arm64", "aarch64"):
+        return {}
+    linker = f"{host}-g++"
+    if shutil.which(linker) is None:
+        package = f"g++-{host.replace('_', '-')}"
+        raise MissingTool(f"{linker}, which links for {host}, is missing", run=f"sudo apt-get install {package}")
+    return {"CXX": linker}
+
+
+def _environment(**more: str) -> dict[str, str]:
+    """This process's, in which Python imports nothing from the folder that it is started in."""
+    return {**os.environ, "PYTHONSAFEPATH": "1", **more}
+
+
+def _run(
+    official: Official, words: Sequence[str], scratch: Path, limit_s: float, environment: Mapping[str, str]
+) -> None:
+    """Run one of mlc_llm's commands, temporary files in `scratch`; what it started ends with it."""
+    command, name = [str(official.python), "-m", "mlc_llm", *words], f"mlc_llm {words[0]}"
+    process = subprocess.Popen(
+        command,
+        cwd=scratch,
+        env=_environment(TMPDIR=str(scratch), **environment),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    with process:
+        try:
+            _, told = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise BackendKilled(f"{name} was stopped after {limit_s:g} s", run=f"use {BUILT_IN}") from error
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    code, told = process.returncode, _COLOURS.sub("", told)
+    if code < 0:
+        why = f"Signal {-code}: {signal.strsignal(-code)}; 9 without a cause is most often too little memory."
+        raise BackendKilled(f"{name} was killed", why=why, run="close other programs and try again")
+    if code == 2:
+        what = f"{official.version} does not take edgeq's arguments for {words[0]}"
+        raise BackendFault(what, why=_last_line(told), run=f"use {BUILT_IN}")
+    if code:
+        errors = _ERROR.findall(told)
+        why = errors[-1] if errors else _last_line(told)
+        raise BackendFault(f"{name} failed with exit code {code}", why=why, run=f"use {BUILT_IN}")
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or ["It gave no reason."])[-1]
