@@ -6,10 +6,11 @@ converter would write is plain rounding, with norms in bfloat16.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
-import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from edgeq.backends.base import Job
 from edgeq.backends.mlc import packing, tensor_cache
+from edgeq.backends.mlc.library import require
 from edgeq.errors import BackendFault, BackendKilled, MissingTool, UnsupportedModel, UsageFault
 from edgeq.model import Model
 from edgeq.quantize.solution import Solution
@@ -44,6 +46,7 @@ LIMIT_S = 1800.0
 """Time for one compilation: minutes on two slow cores."""
 Parameters = dict[str, tuple[tuple[int, ...], str]]
 _PROBE_LIMIT_S = 60.0
+_GLIBC = "2.28"  # of TVM's own wheels
 _PROBE = """
 import importlib.metadata, importlib.util, json, pathlib
 spec = importlib.util.find_spec("mlc_llm")
@@ -66,9 +69,6 @@ _TEMPLATES = {"qwen2": "qwen2", "qwen3": "qwen3", "qwen3_5_text": "qwen3_5"}
 _MERGED = {"q_proj": "c_attn", "k_proj": "c_attn", "v_proj": "c_attn", "gate_proj": "gate_up_proj"}
 _MERGED["up_proj"] = "gate_up_proj"
 _FLOAT32 = (".A_log", ".dt_bias")
-_FORMATS = {b"\x7fELF": ("linux", 18, 20), b"\xcf\xfa\xed\xfe": ("darwin", 4, 8)}
-"""Magic number, system, and bytes of the processor's number: ELF-64's e_machine, Mach-O's cputype."""
-_PROCESSORS = {62: "x86_64", 183: "aarch64", 0x01000007: "x86_64", 0x0100000C: "aarch64"}
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _ERROR = re.compile(r"^(?:\w+\.)*\w*Error: .*", re.MULTILINE)
 
@@ -185,9 +185,9 @@ def compile_library(
     Raises MissingTool without a linker for the host, BackendFault when the compiler fails or makes something else than
     was asked for, BackendKilled when it takes longer or is killed.
     """
-    environment = _linker(host)
     with tempfile.TemporaryDirectory(prefix="edgeq-mlc-") as folder:
         scratch = Path(folder)
+        environment = _linker(host, scratch)
         (scratch / "config.json").write_text(json.dumps(config(model)), encoding="utf-8")
         template = _TEMPLATES[model.model_type]
         words = ["--quantization", quantization, "--conv-template", template, "-o", folder]
@@ -238,14 +238,10 @@ def describe(library: Path, host: str) -> dict[str, Any]:
 
     Raises BackendFault when it is missing, made for another host, or says nothing.
     """
-    try:
-        content = library.read_bytes()
-    except OSError as error:
-        raise BackendFault(f"{library}: the compiler ended well and left no library", why=str(error)) from error
-    system, start, stop = _FORMATS.get(content[:4], ("no system", 0, 0))
-    processor = _PROCESSORS.get(int.from_bytes(content[start:stop], "little"), "no processor")
-    if not host.startswith(processor) or system not in host:
-        raise BackendFault(f"{library}: host code for {processor} and {system}, wanted {host}")
+    if not library.is_file():
+        raise BackendFault(f"{library}: the compiler ended well and left no library")
+    require(library, host)
+    content = library.read_bytes()
     told = content[max(content.find(b'{"model_type": '), 0) :].decode("latin-1")
     try:
         found: dict[str, Any] = json.JSONDecoder().raw_decode(told)[0]
@@ -305,18 +301,20 @@ def _unsupported(what: str) -> UnsupportedModel:
     return UnsupportedModel(f"config.json: the official MLC compiler cannot hold {what}", run=f"use {BUILT_IN}")
 
 
-def _linker(host: str) -> dict[str, str]:
-    """Environment in which TVM links for a host: nothing for this machine's own processor and system."""
-    here = "darwin" if sys.platform == "darwin" else "linux"
-    if here not in host:
-        raise UsageFault(f"the official MLC compiler links for {host} on such a machine only", run=f"use {BUILT_IN}")
-    if host.partition("-")[0] == platform.machine().replace("arm64", "aarch64"):
+def _linker(host: str, scratch: Path) -> dict[str, str]:
+    """Environment in which TVM links for a host: by zig for Linux; on a Mac, for a Mac, by Apple's tools."""
+    machine, _, system = host.partition("-")
+    if system == "apple-darwin" and sys.platform == "darwin":
         return {}
-    linker = f"{host}-g++"
-    if shutil.which(linker) is None:
-        package = f"g++-{host.replace('_', '-')}"
-        raise MissingTool(f"{linker}, which links for {host}, is missing", run=f"sudo apt-get install {package}")
-    return {"CXX": linker}
+    if system != "linux-gnu":
+        raise UsageFault(f"the official MLC compiler links for {host} on such a machine only", run=f"use {BUILT_IN}")
+    if importlib.util.find_spec("ziglang") is None:
+        raise MissingTool(f"ziglang, which links for {host}, is not installed", run="pip install ziglang")
+    script = scratch / "cxx"
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-{system}.{_GLIBC}"]
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(zig)} "$@" -lm\n', encoding="utf-8")
+    script.chmod(0o700)
+    return {"CXX": str(script)}
 
 
 def _environment(**more: str) -> dict[str, str]:
