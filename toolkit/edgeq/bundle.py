@@ -60,11 +60,14 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Bytes that compiled code wants, read from the code: `temporary_bytes` of each function, at its longest input."""
+    """Bytes that compiled code wants, read from the code: `temporary_bytes` of each function, at its longest input.
+
+    state_bytes: of linear attention, whatever the number of tokens; None where the code does not say.
+    """
 
     weights_bytes: int
     kv_cache_bytes_per_token: int
-    state_bytes: int
+    state_bytes: int | None
     temporary_bytes: dict[str, int]
 
 

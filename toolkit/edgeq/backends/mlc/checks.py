@@ -90,7 +90,7 @@ def pinned() -> dict[str, str]:
 
 def ask(*, report: bool) -> Engine:
     """The installed TVM; its `report` in a process of its own: a library that does not suit the machine may end it."""
-    versions = {name: _version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
+    versions = {name: version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
     if versions["apache-tvm"] is None or not report:
         return Engine(versions)
     try:
@@ -121,7 +121,7 @@ def _nvrtc() -> str:
     return f"{major}.{minor}"
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

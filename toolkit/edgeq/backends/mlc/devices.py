@@ -12,18 +12,23 @@ _CPU = {"x86_64": {"mcpu": "x86-64-v3"}, "aarch64": {}}
 
 
 def tvm_target(target: Target) -> Any:
-    """`tvm.target.Target` with its host: code generator, architecture and limits from the target's file."""
+    """`tvm.target.Target` with its host."""
     from tvm.target import Target as TvmTarget
 
-    kind, mcpu = target.code_generator, target.mlc.mcpu
-    host = {"kind": "llvm", "mtriple": target.host} | ({"mcpu": mcpu} if mcpu else {})
+    device = description(target)
+    return TvmTarget(device) if device["kind"] == "llvm" else TvmTarget(device, _host(target))
+
+
+def description(target: Target) -> dict[str, Any]:
+    """TVM's description of a device without its host: code generator, architecture and limits."""
+    kind = target.code_generator
     if kind == "llvm":
-        return TvmTarget(host)
+        return _host(target)
     limits = {name: value for name, value in target.mlc.limits().items() if value is not None}
     if kind == "webgpu":
         limits = {"max_num_threads": limits["max_threads_per_block"]}
     arch = {"arch": target.gpu.arch} if kind == "cuda" and target.gpu else {}
-    return TvmTarget({"kind": kind, **arch, **limits}, host)
+    return {"kind": kind, **arch, **limits}
 
 
 def this_cpu() -> Any:
@@ -42,6 +47,11 @@ def find(provider: str) -> Any | None:
         return device if device.exist else None
     except (ValueError, RuntimeError):
         return None
+
+
+def _host(target: Target) -> dict[str, Any]:
+    mcpu = target.mlc.mcpu
+    return {"kind": "llvm", "mtriple": target.host} | ({"mcpu": mcpu} if mcpu else {})
 
 
 def _arch() -> str:

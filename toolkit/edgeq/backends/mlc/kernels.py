@@ -129,6 +129,13 @@ def cubin(source: str, arch: str) -> bytes:
     )
 
 
+def cache_folder() -> Path:
+    """Where compiled kernels are kept on a device: EDGEQ_KERNEL_CACHE, or a folder of the user's cache."""
+    if chosen := os.environ.get("EDGEQ_KERNEL_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgeq" / "kernels"
+
+
 @contextlib.contextmanager
 def cache_compiled(folder: Path, compile_source: Callable[[str, str], bytes] = cubin, arch: str = "") -> Iterator[None]:
     """While entered, CUDA source in a library that is loaded is compiled once for all processes, and kept in `folder`.

@@ -62,12 +62,17 @@ def export(executable: Any, folder: Path, triple: str, binaries: Mapping[str, by
     """
     with tempfile.TemporaryDirectory() as scratch:
         objects = _objects(executable, Path(scratch), binaries or {})
-        system = _SYSTEMS.get(_split(triple)[1])
+        out, system = folder / file_name(triple), _SYSTEMS.get(_split(triple)[1])
         if system is None:
-            return _archive(objects, folder / f"{NAME}.tar")
-        out = folder / f"{NAME}{system.suffix}"
+            return _archive(objects, out)
         _link(objects, out, f"{_split(triple)[0]}-{system.zig}", system.flags)
     return require(out, triple)
+
+
+def file_name(triple: str) -> str:
+    """Name of a library for a triple: model.so, model.dylib, or model.tar where it cannot be linked here."""
+    system = _SYSTEMS.get(_split(triple)[1])
+    return f"{NAME}{system.suffix if system else '.tar'}"
 
 
 def find(folder: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shlex
@@ -25,14 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.backends.base import Job
-from edgeq.backends.mlc import packing, tensor_cache
-from edgeq.backends.mlc.library import require
+from edgeq.backends.mlc import devices, packing, tensor_cache
+from edgeq.backends.mlc.library import file_name, require
+from edgeq.bundle import Compiled, Memory
 from edgeq.errors import BackendFault, BackendKilled, MissingTool, UnsupportedModel, UsageFault
 from edgeq.model import Model
 from edgeq.quantize.solution import Solution
 from edgeq.quantize.solve import as_float, solve
 from edgeq.recipe import Recipe
 from edgeq.size import is_quantized
+from edgeq.target import Target
 
 VARIABLE = "EDGEQ_MLC_PYTHON"
 """Environment variable: a Python that has mlc_llm, whose packages bring a TVM of their own."""
@@ -42,6 +45,7 @@ INSTALL = (
     f'mlc-ai-nightly-cpu && export {VARIABLE}="$PWD/mlc/bin/python", or {BUILT_IN}'
 )
 """The maker's own line (its page of wheels is the only place that has them), in an environment of its own."""
+CHUNK = 256
 LIMIT_S = 1800.0
 """Time for one compilation: minutes on two slow cores."""
 Parameters = dict[str, tuple[tuple[int, ...], str]]
@@ -79,6 +83,36 @@ class Official:
 
     python: Path
     version: str
+
+
+def is_chosen(target: Target) -> bool:
+    """Whether it compiles for a target: where EDGEQ_MLC_PYTHON asks for it, or the built-in one cannot."""
+    return VARIABLE in os.environ or target.code_generator == "vulkan"
+
+
+def build(job: Job, out: Path) -> Compiled:
+    """Write library, weights and report into `out`; raises as `find`, `quantization` and `compile_library` do."""
+    from edgeq.backends.mlc import report
+
+    target, wanted = job.target, quantization(job.recipe)
+    path = out / file_name(target.host)
+    job.progress("compile", 0, 1)
+    parameters = compile_library(
+        find(),
+        job.checkpoint.model,
+        wanted,
+        device=devices.description(target),
+        host=target.host,
+        context=job.context,
+        chunk=CHUNK,
+        library=path,
+    )
+    job.progress("compile", 1, 1)
+    made = report.Report(compiler="mlc_llm", isa=target.cpu.isa, floats=_DTYPES[wanted], kernels=())
+    report.write(made, out)
+    write(job, parameters, out)
+    check(out, path, target.host)
+    return Compiled(kernels="unchecked", memory=memory(path, target.host))
 
 
 def find() -> Official:
@@ -233,6 +267,23 @@ def write(job: Job, wanted: Parameters, out: Path) -> None:
         job.progress("weights", len(every), len(every))
 
 
+def memory(library: Path, host: str) -> Memory:
+    """Memory that a library's code wants, as it says itself; its caches and states from the shapes that it names."""
+    told = describe(library, host)
+    try:
+        cache = told["kv_cache"]
+        width = np.dtype(_DTYPES[told["quantization"]]).itemsize
+        values = cache["num_hidden_layers"] * cache["num_key_value_heads"] * cache["head_dim"] * 2
+        return Memory(
+            weights_bytes=sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in _parameters(told).values()),
+            kv_cache_bytes_per_token=values * width,
+            state_bytes=None,
+            temporary_bytes=dict(told["memory_usage"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise BackendFault(f"{library}: the library does not say what memory it wants", why=repr(error)) from error
+
+
 def describe(library: Path, host: str) -> dict[str, Any]:
     """What a library says of itself, read from its bytes, which may be another processor's.
 
@@ -265,6 +316,47 @@ def check(folder: Path, library: Path, host: str) -> None:
             why=f"{odd}: the library wants {wanted.get(odd)}, the weights have {held.get(odd)}.",
             run="edgeq build ... again",
         )
+
+
+def for_built_in(folder: Path, model: Model, out: Path) -> None:
+    """Write the weights of an official library's bundle again, under the built-in compiler's names and in its types.
+
+    The same codes and values; but scales keep their type, and what that compiler leaves float32 is dequantized.
+    """
+    held = tensor_cache.records(folder)
+    gates = model.generation == "3.5"
+    with tensor_cache.Writer(out) as cache:
+        for name in held:
+            values = tensor_cache.read(folder, held[name])
+            stem, _, last = name.rpartition(".")
+            if stem.endswith("c_attn"):
+                rows = len(values)
+                both = np.arange(2 * model.heads * model.head_dim).reshape(model.heads, 2, -1)
+                queries = both[:, 0].ravel() if gates else np.arange(0)
+                rest = np.arange(both.size if gates else 0, rows)
+                attention = stem.removesuffix("c_attn")
+                cache.add(f"{attention}qkv_proj.{last}", values[np.concatenate([queries, rest])])
+                if gates:
+                    cache.add(f"{attention}q_gate_proj.{last}", values[both[:, 1].ravel()])
+            elif stem.endswith(("in_proj_a", "in_proj_b")):
+                if name.endswith(("in_proj_b.weight", "in_proj_b.q_weight")):
+                    parts = [_dequantized(folder, held, stem.removesuffix("b") + each) for each in "ba"]
+                    cache.add(f"{stem.removesuffix('b')}ba", np.concatenate(parts))
+            elif last == "conv1d_weight":
+                cache.add(f"{stem}.conv1d", values.squeeze(1).astype(np.float32))
+            elif stem.endswith("linear_attn.norm"):
+                cache.add(stem, values.astype(np.float32))
+            else:
+                cache.add(name, values.astype(np.float32) if stem.endswith("norm") else values)
+
+
+def _dequantized(folder: Path, held: Mapping[str, Mapping[str, Any]], stem: str) -> NDArray[np.float32]:
+    """Float32 matrix of a parameter, whether it is codes or values."""
+    if f"{stem}.weight" in held:
+        return tensor_cache.read(folder, held[f"{stem}.weight"]).astype(np.float32)
+    words = tensor_cache.read(folder, held[f"{stem}.q_weight"])
+    scales = tensor_cache.read(folder, held[f"{stem}.q_scale"]).astype(np.float32)
+    return packing.dequantize(words, scales, 4)
 
 
 def _name(tensor: str) -> str:

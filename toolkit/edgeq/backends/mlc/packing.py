@@ -43,3 +43,11 @@ def words(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     if bits == 4:
         codes = codes[:, ::2] | np.left_shift(codes[:, 1::2], 4, dtype=np.uint8)
     return np.ascontiguousarray(codes).view("<u4")
+
+
+def dequantize(packed: NDArray[np.uint32], scales: NDArray[np.float32], bits: int) -> NDArray[np.float32]:
+    """Float32 matrix [outputs, inputs] that words and scales stand for."""
+    shifts = np.arange(0, WORD, bits, dtype=np.uint32)
+    codes = (packed[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
+    grouped = codes.reshape(*scales.shape, -1).astype(np.float32) - np.float32(middle(bits))
+    return (grouped * scales[:, :, None]).reshape(len(packed), -1)

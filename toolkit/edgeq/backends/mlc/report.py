@@ -15,6 +15,7 @@ from edgeq import data
 from edgeq.backends.mlc import schedules
 
 FILE = "compiled.json"
+BUILT_IN = "edgeq"
 _TOKEN = ("embed", "decode")
 _STORAGE = "relax.memory.alloc_storage"
 _CREATE_CACHE = "create_tir_paged_kv_cache"
@@ -33,8 +34,9 @@ class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What was compiled: instruction sets that host code uses, type of matrices that are floats, and all kernels."""
+    """What was compiled: by whom, the instruction sets of host code, the type of matrices that are floats, kernels."""
 
+    compiler: str
     isa: tuple[str, ...]
     floats: str
     kernels: tuple[Kernel, ...]

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -85,13 +87,24 @@ class Writer:
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
-    """Record of each tensor by its name: shape, dtype, nbytes. Raises CorruptInput when the index does not hold."""
+    """Record of each tensor by its name: shape, dtype, nbytes, byteOffset in the file dataPath. Raises CorruptInput when the index does not hold."""
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        return {record["name"]: record for shard in index["records"] for record in shard["records"]}
+        return {
+            record["name"]: record | {"dataPath": shard["dataPath"]}
+            for shard in index["records"]
+            for record in shard["records"]
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptInput(f"{path}: not the index of a tensor cache", why=str(error)) from error
+
+
+def read(folder: Path, record: Mapping[str, Any]) -> NDArray[Any]:
+    """Values of one tensor by its record."""
+    dtype, shape = np.dtype(record["dtype"]), tuple(record["shape"])
+    count = math.prod(shape)
+    return np.fromfile(folder / record["dataPath"], dtype, count, offset=record["byteOffset"]).reshape(shape)
 
 
 def check(folder: Path) -> None:

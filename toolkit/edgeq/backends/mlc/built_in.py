@@ -1,0 +1,53 @@
+"""The built-in compiler's way from a job to a folder: compile, check, link, hold against the plan, write weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from edgeq import size
+from edgeq.backends.base import Job
+from edgeq.backends.mlc import compiler, devices, kernels, library, report, weights
+from edgeq.backends.mlc.report import BUILT_IN, Report
+from edgeq.bundle import Bundle, Compiled, Memory
+from edgeq.errors import BackendFault
+from edgeq.model import Model, read_config
+from edgeq.recipe import Recipe, parse
+
+_LARGEST_DIFFERENCE = 0.01
+
+
+def build(job: Job, out: Path) -> Compiled:
+    """Write library, weights and report into `out`; raises as the backend's `build` does."""
+    target, model = job.target, job.checkpoint.model
+    how = compiler.precision(job.recipe, "float16" if job.checkpoint.dtype(size.TABLES[0]) == "F16" else "bfloat16")
+    job.progress("compile", 0, 1)
+    with kernels.kept_as_source():
+        made = compiler.compile_model(model, how, devices.tvm_target(target), job.context)
+    _hold_against_plan(model, job.recipe, made.memory)
+    found = kernels.check(made.executable, target.code_generator, target.gpu.arch if target.gpu else "")
+    library.export(made.executable, out, target.host, found.binaries)
+    job.progress("compile", 1, 1)
+    report.write(Report(compiler=BUILT_IN, isa=target.cpu.isa, floats=how.floats, kernels=made.kernels), out)
+    weights.write(job, made.parameters, out)
+    return Compiled(kernels=found.state if found.names else None, memory=made.memory)
+
+
+def for_this_cpu(bundle: Bundle, floats: str) -> Any:
+    """Executable of a bundle's model for the CPU at hand; `floats` is the type of matrices that are not quantized."""
+    how = compiler.precision(parse(bundle.recipe), floats)
+    return compiler.compile_model(read_config(bundle.config), how, devices.this_cpu(), bundle.context).executable
+
+
+def _hold_against_plan(model: Model, recipe: Recipe, memory: Memory) -> None:
+    """Raise BackendFault when compiled code wants more or less memory than edgeq predicts from shapes."""
+    predicted = {
+        "weights_bytes": size.weight_bytes(model, recipe, recipe.kv_bits),
+        "kv_cache_bytes_per_token": model.kv_bytes_per_token(recipe.kv_bits // 8),
+    }
+    for name, wanted in predicted.items():
+        if abs(getattr(memory, name) / wanted - 1) > _LARGEST_DIFFERENCE:
+            raise BackendFault(
+                f"the compiled code has {name} {getattr(memory, name)}, {wanted} were predicted",
+                why="It is not the code of this model and recipe.",
+            )
