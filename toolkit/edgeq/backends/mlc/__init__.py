@@ -29,7 +29,7 @@ def scale_bits(recipe: Recipe) -> int:
 
 
 def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001
-    """Raise UsageFault for GGML's layouts, an 8-bit cache, and what the official compiler lacks where that is chosen."""
+    """Raise UsageFault for GGML's layouts, an 8-bit cache, and what the official compiler lacks when chosen."""
     if recipe.body.is_ggml or recipe.table.is_ggml:
         raise UsageFault(f"{recipe}: MLC does not know GGML's layouts", run="edgeq build ... --backend llamacpp")
     if recipe.kv_bits == 8:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-
 from edgeq.backends.mlc import report, schedules
 from edgeq.backends.mlc.decoder import Decoder
 from edgeq.backends.mlc.layers import Precision

@@ -1,4 +1,4 @@
-"""The gated delta rule as one kernel: a scan over tokens, states in place (Yang et al. 2024, "Gated Delta Networks")."""
+"""The gated delta rule as one kernel, states in place (Yang et al. 2024, "Gated Delta Networks")."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from tvm.relax.frontend.nn import Tensor, op
 from tvm.script import tirx as T
 
 
-def delta_rule(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs [batch, n, value heads, value size] and the state, which is overwritten; everything float32.
 
     For each token: state *= decay; state += k (v - k^T state) beta; output = q^T state. q and k are [batch, n, key
@@ -33,7 +31,7 @@ def kernel(key_heads: int, value_heads: int, key_size: int, value_size: int) -> 
     def scan(
         var_q: T.handle, var_k: T.handle, var_v: T.handle, var_d: T.handle, var_b: T.handle, var_s: T.handle,
         var_o: T.handle,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         T.func_attr({"op_pattern": 8, "tirx.noalias": True, "tirx.is_scheduled": True})
         batch, n = T.int64(), T.int64()
         q = T.match_buffer(var_q, (batch, n, key_heads, key_size), "float32")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
 from edgeq.backends.mlc import operators
 from edgeq.backends.mlc.packing import WORD
+from edgeq.model import Model
 from edgeq.recipe import Layout
 
 _BFLOAT16_BITS = 16
@@ -93,3 +95,23 @@ class FeedForward(nn.Module):
         """x [batch, n, hidden]."""
         gate, up = op.split(self.gate_up_proj(x), 2, axis=-1)
         return self.down_proj(op.multiply(op.silu(gate), up))
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)), then x + feed-forward(norm(x)).
+
+    The mixer is attention or a delta net, under the name that the checkpoint has for it; it is called with x, the cache
+    and the list of states, which it may change.
+    """
+
+    def __init__(self, model: Model, precision: Precision, name: str, mixer: nn.Module) -> None:
+        self.name = name
+        self.input_layernorm = Norm(model.hidden, model.rms_norm_eps)
+        setattr(self, name, mixer)
+        self.post_attention_layernorm = Norm(model.hidden, model.rms_norm_eps)
+        self.mlp = FeedForward(precision, model.hidden, model.ffn)
+
+    def forward(self, x: Tensor, kv: Any, states: list[Tensor]) -> Tensor:
+        """x [batch, n, hidden]."""
+        x = op.add(x, getattr(self, self.name)(self.input_layernorm(x), kv, states))
+        return op.add(x, self.mlp(self.post_attention_layernorm(x)))

@@ -275,7 +275,9 @@ def memory(library: Path, host: str) -> Memory:
         width = np.dtype(_DTYPES[told["quantization"]]).itemsize
         values = cache["num_hidden_layers"] * cache["num_key_value_heads"] * cache["head_dim"] * 2
         return Memory(
-            weights_bytes=sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in _parameters(told).values()),
+            weights_bytes=sum(
+                math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in _parameters(told).values()
+            ),
             kv_cache_bytes_per_token=values * width,
             state_bytes=None,
             temporary_bytes=dict(told["memory_usage"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ _STORAGE = "relax.memory.alloc_storage"
 _CREATE_CACHE = "create_tir_paged_kv_cache"
 _CACHE = "vm.builtin.paged_attention_kv_cache_create"
 _LAYERS, _KEY_VALUES, _SIZES, _LIKE = 1, 3, (4, 5), 12
-"""Its arguments: bounds of the stages' layers, key and value heads, sizes of keys and of values, a value of the dtype."""
+"""Its arguments: bounds of layers, heads of keys and values, sizes of keys and values, a value of the dtype."""
 
 
 class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -60,26 +60,23 @@ def fallback_share(kernels: Iterable[Kernel]) -> float:
 
 
 def measure(found: dict[str, Any]) -> Any:
-    """Pass that enters the bytes that each kernel moves for one token under `bytes`; changes nothing."""
+    """Pass that enters the bytes that each kernel moves for one token under `bytes`."""
 
-    @tvm.transform.module_pass(opt_level=0, name="edgeq_measure")
-    def run(module: Any, _: Any) -> Any:
+    def look(module: Any) -> None:
         found["bytes"] = {
             str(variable.name_hint): _bytes(function)
             for variable, function in module.functions_items()
             if isinstance(function, tirx.PrimFunc)
         }
-        return module
 
-    return run
+    return _looking("measure", look)
 
 
 def count(found: dict[str, Any]) -> Any:
-    """Pass that enters how often `embed` and `decode` call each kernel under `calls`; changes nothing."""
+    """Pass that enters how often `embed` and `decode` call each kernel under `calls`."""
 
-    @tvm.transform.module_pass(opt_level=0, name="edgeq_count")
-    def run(module: Any, _: Any) -> Any:
-        calls: dict[str, int] = {}
+    def look(module: Any) -> None:
+        calls = found["calls"] = {}
 
         def visit(node: Any) -> None:
             if isinstance(node, relax.Call) and node.args and isinstance(node.args[0], tvm.ir.GlobalVar):
@@ -88,7 +85,38 @@ def count(found: dict[str, Any]) -> Any:
 
         for name in _TOKEN:
             relax.analysis.post_order_visit(module[name], visit)
-        found["calls"] = calls
+
+    return _looking("count", look)
+
+
+def plan(found: dict[str, Any]) -> Any:
+    """Pass that enters what memory each function and a token of the cache take.
+
+    Entered are bytes of storage by function as `temporary_bytes`, and `kv_cache_bytes_per_token`.
+    """
+
+    def look(module: Any) -> None:
+        found["temporary_bytes"] = {
+            str(variable.name_hint): sum(
+                math.prod(int(size) for size in call.args[0]) for call in _calls(function, _STORAGE)
+            )
+            for variable, function in module.functions_items()
+            if isinstance(function, relax.Function)
+        }
+        (cache,) = _calls(module[_CREATE_CACHE], _CACHE)
+        layers, heads, *sizes = (cache.args[index] for index in (_LAYERS, _KEY_VALUES, *_SIZES))
+        values = int(list(layers)[-1]) * int(heads.value) * sum(int(size.value) for size in sizes)
+        found["kv_cache_bytes_per_token"] = values * tvm.DataType(str(cache.args[_LIKE].ty.dtype)).bits // 8
+
+    return _looking("plan", look)
+
+
+def _looking(name: str, look: Callable[[Any], None]) -> Any:
+    """Pass that looks at a module and changes nothing."""
+
+    @tvm.transform.module_pass(opt_level=0, name=f"edgeq_{name}")
+    def run(module: Any, _: Any) -> Any:
+        look(module)
         return module
 
     return run
@@ -105,9 +133,8 @@ def _bytes(function: Any) -> int:
     tirx.stmt_functor.post_order_visit(function.body, visit)
     steps = max(loops, default=0)
     buffers = [each.ty for each in function.params if hasattr(each.ty, "shape")]
-    return sum(
-        min(math.prod(map(_size, buffer.shape)), steps) * tvm.DataType(str(buffer.dtype)).bits // 8 for buffer in buffers
-    )
+    reached = ((min(math.prod(map(_size, each.shape)), steps), tvm.DataType(str(each.dtype)).bits) for each in buffers)
+    return sum(count * bits // 8 for count, bits in reached)
 
 
 def _size(extent: Any) -> int:
@@ -115,40 +142,14 @@ def _size(extent: Any) -> int:
     return int(extent) if isinstance(extent, tirx.IntImm | int) else 1
 
 
-def plan(found: dict[str, Any]) -> Any:
-    """Pass that enters what memory each function and a token of the cache take; changes nothing.
-
-    Entered are bytes of storage by function as `temporary_bytes`, and `kv_cache_bytes_per_token`.
-    """
-
-    @tvm.transform.module_pass(opt_level=0, name="edgeq_plan")
-    def run(module: Any, _: Any) -> Any:
-        functions = {
-            str(variable.name_hint): function
-            for variable, function in module.functions_items()
-            if isinstance(function, relax.Function)
-        }
-        found["temporary_bytes"] = {
-            name: sum(math.prod(int(size) for size in call.args[0]) for call in _calls(function, _STORAGE))
-            for name, function in functions.items()
-        }
-        (cache,) = _calls(functions[_CREATE_CACHE], _CACHE)
-        layers, key_values, *dims = (cache.args[index] for index in (_LAYERS, _KEY_VALUES, *_SIZES))
-        width = tvm.DataType(str(cache.args[_LIKE].ty.dtype)).bits // 8
-        count = int(list(layers)[-1])
-        found["kv_cache_bytes_per_token"] = count * int(key_values.value) * sum(int(each.value) for each in dims) * width
-        return module
-
-    return run
-
-
 def _calls(function: Any, name: str) -> list[Any]:
     """Calls of an operator or a function of the runtime."""
     calls: list[Any] = []
 
     def visit(node: Any) -> None:
-        if isinstance(node, relax.Call) and name in (getattr(node.op, "name", ""), getattr(node.op, "global_symbol", "")):
-            calls.append(node)
+        if isinstance(node, relax.Call):
+            called = getattr(node.op, "name", None) or getattr(node.op, "global_symbol", None)
+            calls.extend([node] if called == name else [])
 
     relax.analysis.post_order_visit(function, visit)
     return calls

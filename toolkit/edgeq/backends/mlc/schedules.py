@@ -69,10 +69,8 @@ def _tries(rules: list[Any], function: Any, target: Any) -> Iterator[tuple[Any, 
 def _is_few_rows(function: Any) -> bool:
     """Whether an argument is [b, 1, inputs] with unknown b: a decoding step of several sequences."""
     shapes = [parameter.ty.shape for parameter in function.params if hasattr(parameter.ty, "shape")]
-    return any(
-        len(shape) == 3 and not isinstance(shape[0], tirx.IntImm) and isinstance(shape[1], tirx.IntImm) and shape[1] == 1
-        for shape in shapes
-    )
+    sizes = [[int(size) if isinstance(size, tirx.IntImm) else None for size in shape] for shape in shapes]
+    return any(len(each) == 3 and each[:2] == [None, 1] for each in sizes)
 
 
 class _LoopsOnCpu(dlight.ScheduleRule):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgeq.backends.mlc import tensor_cache
 from edgeq.bundle import Bundle
 from edgeq.errors import BackendFault, OutOfMemory, UsageFault
-from edgeq.model import Model, read_config
+from edgeq.model import read_config
 from edgeq.profiles import Placement
 
 PAGE = 16
@@ -159,8 +159,8 @@ class MlcSession:
             self._builtin("kv_state_end_forward")(state)
         if self._states:
             self._states = list(result[2])
-        logits: NDArray[np.float32] = result[0].numpy()
-        return logits[0]
+        logits: NDArray[np.float32] = result[0].numpy()[0]
+        return logits
 
     @staticmethod
     def _builtin(name: str) -> Any:

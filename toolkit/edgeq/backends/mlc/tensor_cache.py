@@ -87,7 +87,10 @@ class Writer:
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
-    """Record of each tensor by its name: shape, dtype, nbytes, byteOffset in the file dataPath. Raises CorruptInput when the index does not hold."""
+    """Record of each tensor by its name: shape, dtype, nbytes, byteOffset in the file dataPath.
+
+    Raises CorruptInput when the index does not hold.
+    """
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))

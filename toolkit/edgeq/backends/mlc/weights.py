@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.backends.mlc import packing, tensor_cache
 from edgeq.backends.base import Job
+from edgeq.backends.mlc import packing, tensor_cache
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import BackendFault
 from edgeq.model import Model
@@ -80,9 +80,7 @@ def _tensors(checkpoint: Checkpoint, recipe: Recipe, name: str) -> dict[str, NDA
     model, tensors = checkpoint.model, checkpoint.model.tensors()
     bare = name.removesuffix(".weight").removesuffix(".bias")
     ending = name[len(bare) :]
-    sources = [
-        (full if full in tensors else full + (ending or ".weight"), rows) for full, rows in parts(model, bare)
-    ]
+    sources = [(full if full in tensors else full + (ending or ".weight"), rows) for full, rows in parts(model, bare)]
     if is_quantized(sources[0][0]) and not recipe.body.is_float:
         solutions = [_rows(solve(checkpoint, recipe, source), rows) for source, rows in sources]
         packed = [packing.pack(each) for each in solutions]

@@ -8,7 +8,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
 from edgeq.backends.mlc.decoder import Decoder
-from edgeq.backends.mlc.layers import FeedForward, Linear, Norm, Precision
+from edgeq.backends.mlc.layers import Layer, Linear, Precision
 from edgeq.model import Model
 
 
@@ -21,7 +21,7 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(precision, model.hidden, self.all_heads * model.head_dim, bias=True)
         self.o_proj = Linear(precision, model.heads * model.head_dim, model.hidden)
 
-    def forward(self, x: Tensor, kv: Any) -> Tensor:
+    def forward(self, x: Tensor, kv: Any, states: list[Tensor]) -> Tensor:  # noqa: ARG002
         """x [batch, n, hidden]."""
         batch, n, _ = x.shape
         qkv = op.reshape(self.qkv_proj(x), (batch, n, self.all_heads, self.size))
@@ -29,21 +29,7 @@ class Attention(nn.Module):
         return self.o_proj(op.reshape(y, (batch, n, self.heads * self.size)))
 
 
-class Layer(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x))."""
-
-    def __init__(self, model: Model, precision: Precision, index: int) -> None:
-        self.input_layernorm = Norm(model.hidden, model.rms_norm_eps)
-        self.self_attn = Attention(model, precision, index)
-        self.post_attention_layernorm = Norm(model.hidden, model.rms_norm_eps)
-        self.mlp = FeedForward(precision, model.hidden, model.ffn)
-
-    def forward(self, x: Tensor, kv: Any, states: list[Tensor]) -> Tensor:  # noqa: ARG002
-        """x [batch, n, hidden]."""
-        x = op.add(x, self.self_attn(self.input_layernorm(x), kv))
-        return op.add(x, self.mlp(self.post_attention_layernorm(x)))
-
-
 def decoder(model: Model, precision: Precision, target: Any) -> Decoder:
     """The whole model."""
-    return Decoder(model, precision, target, [Layer(model, precision, index) for index in range(model.layers)])
+    attention = (Attention(model, precision, index) for index in range(model.layers))
+    return Decoder(model, precision, target, [Layer(model, precision, "self_attn", each) for each in attention])

@@ -15,32 +15,21 @@ from tvm.relax.frontend.nn import Tensor, op
 from edgeq.backends.mlc import operators
 from edgeq.backends.mlc.decoder import Decoder
 from edgeq.backends.mlc.delta import delta_rule
-from edgeq.backends.mlc.layers import FeedForward, Linear, Norm, Precision
+from edgeq.backends.mlc.layers import Layer, Linear, Precision
+from edgeq.backends.mlc.models import qwen3
 from edgeq.model import LinearAttention, Model
 
 
-class Attention(nn.Module):
-    """Causal attention over the cache of one layer; q_gate_proj is the half of q_proj that gates the output."""
+class GatedAttention(qwen3.Attention):
+    """Qwen3's attention, its output gated by the half of q_proj that is q_gate_proj here."""
 
     def __init__(self, model: Model, precision: Precision, slot: int) -> None:
-        self.slot, self.heads, self.kv_heads, self.size = slot, model.heads, model.kv_heads, model.head_dim
-        self.all_heads = model.heads + 2 * model.kv_heads
-        self.qkv_proj = Linear(precision, model.hidden, self.all_heads * model.head_dim)
+        super().__init__(model, precision, slot)
         self.q_gate_proj = Linear(precision, model.hidden, model.heads * model.head_dim)
-        self.q_norm = Norm(model.head_dim, model.rms_norm_eps)
-        self.k_norm = Norm(model.head_dim, model.rms_norm_eps)
-        self.o_proj = Linear(precision, model.heads * model.head_dim, model.hidden)
 
-    def forward(self, x: Tensor, kv: Any) -> Tensor:
+    def forward(self, x: Tensor, kv: Any, states: list[Tensor]) -> Tensor:  # noqa: ARG002
         """x [batch, n, hidden]."""
-        batch, n, _ = x.shape
-        qkv = op.reshape(self.qkv_proj(x), (batch, n, self.all_heads, self.size))
-        qkv = operators.head_norm(
-            qkv, self.q_norm.weight, self.k_norm.weight, self.heads, self.kv_heads, self.q_norm.epsilon
-        )
-        y = kv.attention_with_fused_qkv(self.slot, qkv, self.heads, self.size**-0.5)
-        y = op.reshape(y, (batch, n, self.heads * self.size))
-        return self.o_proj(op.multiply(y, op.sigmoid(self.q_gate_proj(x))))
+        return self.o_proj(op.multiply(self.attend(x, kv), op.sigmoid(self.q_gate_proj(x))))
 
 
 class DeltaNet(nn.Module):
@@ -58,7 +47,7 @@ class DeltaNet(nn.Module):
         self.norm = nn.Parameter((shape.value_head_dim,), "float32")
         self.out_proj = Linear(precision, values, model.hidden)
 
-    def forward(self, x: Tensor, states: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, kv: Any, states: list[Tensor]) -> Tensor:  # noqa: ARG002
         """x [batch, n, hidden]; replaces its states."""
         batch, n, _ = x.shape
         shape = self.shape
@@ -78,31 +67,17 @@ class DeltaNet(nn.Module):
         return self.out_proj(op.reshape(y, (batch, n, shape.value_heads * shape.value_head_dim)))
 
 
-class Layer(nn.Module):
-    """x + attention or delta net of norm(x), then x + feed-forward(norm(x))."""
-
-    def __init__(self, model: Model, precision: Precision, index: int) -> None:
-        before = model.layer_types[:index]
-        self.input_layernorm = Norm(model.hidden, model.rms_norm_eps)
-        self.is_linear = model.layer_types[index] == "linear_attention"
-        if self.is_linear:
-            assert model.linear is not None
-            self.linear_attn = DeltaNet(model, model.linear, precision, 2 * before.count("linear_attention"))
-        else:
-            self.self_attn = Attention(model, precision, before.count("full_attention"))
-        self.post_attention_layernorm = Norm(model.hidden, model.rms_norm_eps)
-        self.mlp = FeedForward(precision, model.hidden, model.ffn)
-
-    def forward(self, x: Tensor, kv: Any, states: list[Tensor]) -> Tensor:
-        """x [batch, n, hidden]."""
-        normed = self.input_layernorm(x)
-        x = op.add(x, self.linear_attn(normed, states) if self.is_linear else self.self_attn(normed, kv))
-        return op.add(x, self.mlp(self.post_attention_layernorm(x)))
-
-
 def decoder(model: Model, precision: Precision, target: Any) -> Decoder:
     """The whole model."""
-    layers = [Layer(model, precision, index) for index in range(model.layers)]
+    assert model.linear is not None
+    layers = []
+    for index, kind in enumerate(model.layer_types):
+        before = model.layer_types[:index].count(kind)
+        if kind == "linear_attention":
+            name, mixer = "linear_attn", DeltaNet(model, model.linear, precision, 2 * before)
+        else:
+            name, mixer = "self_attn", GatedAttention(model, precision, before)
+        layers.append(Layer(model, precision, name, mixer))
     return Decoder(model, precision, target, layers, states(model, precision.dtype))
 
 
