@@ -124,9 +124,7 @@ def find() -> Official:
     python = Path(shutil.which(named or sys.executable) or named or sys.executable).absolute()
     what = f"mlc_llm, the official MLC compiler, is not installed in {python}"
     try:
-        asked = subprocess.run(
-            [python, "-c", _PROBE], cwd=python.parent, env=_environment(), capture_output=True, timeout=_PROBE_LIMIT_S
-        )
+        asked = subprocess.run([python, "-c", _PROBE], cwd=python.parent, capture_output=True, timeout=_PROBE_LIMIT_S)
         found = json.loads(asked.stdout)
     except (OSError, subprocess.TimeoutExpired, ValueError) as error:
         raise MissingTool(f"{VARIABLE}={named} is no Python that works", why=str(error), run=INSTALL) from error
@@ -411,11 +409,6 @@ def _linker(host: str, scratch: Path) -> dict[str, str]:
     return {"CXX": str(script)}
 
 
-def _environment(**more: str) -> dict[str, str]:
-    """This process's, in which Python imports nothing from the folder that it is started in."""
-    return {**os.environ, "PYTHONSAFEPATH": "1", **more}
-
-
 def _run(
     official: Official, words: Sequence[str], scratch: Path, limit_s: float, environment: Mapping[str, str]
 ) -> None:
@@ -424,7 +417,7 @@ def _run(
     process = subprocess.Popen(
         command,
         cwd=scratch,
-        env=_environment(TMPDIR=str(scratch), **environment),
+        env={**os.environ, "TMPDIR": str(scratch), **environment},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
