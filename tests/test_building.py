@@ -108,7 +108,8 @@ def absent(_: object) -> tuple[str, ...]:
 def test_a_gpu_target_without_its_backends_gets_the_cpu_bundle_and_is_told(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgeq.backends.llamacpp.tools", absent)
+    for engine in ("llamacpp", "mlc"):
+        monkeypatch.setattr(f"edgeq.backends.{engine}.tools", absent)
     work = plan(tiny("3"), tmp_path / "out", target="jetson", backend="auto", recipe_name="auto")
     assert (work.backend, work.target.name) == ("onnx", "jetson-orin-nano-super-8gb")
     assert str(work.recipe) == next(name for name in work.target.recipes if not name.endswith("-kv16"))
@@ -120,7 +121,7 @@ def test_a_gpu_target_without_its_backends_gets_the_cpu_bundle_and_is_told(
 def test_a_recipe_that_the_first_backend_does_not_know_gets_the_next_one(
     tiny: Build, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for engine in ("onnx", "llamacpp"):
+    for engine in ("onnx", "llamacpp", "mlc"):
         monkeypatch.setattr(f"edgeq.backends.{engine}.tools", lambda _: ("an engine",))
     work = plan(tiny("3"), tmp_path / "out", backend="auto", recipe_name=name)
     assert (work.backend, str(work.recipe)) == ("llamacpp", name)
@@ -180,7 +181,7 @@ def test_a_group_that_does_not_divide_a_matrix_leaves_nothing(tiny: Build, tmp_p
 
 
 def test_a_target_with_no_usable_backend_names_each_reason(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    for engine in ("onnx", "llamacpp"):
+    for engine in ("onnx", "llamacpp", "mlc"):
         monkeypatch.setattr(f"edgeq.backends.{engine}.tools", absent)
     with pytest.raises(MissingTool, match="no backend") as caught:
         planning.plan(str(tiny("3")), target="x86-avx2")

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import platform
 import re
 import struct
@@ -156,15 +155,15 @@ def test_machine_code_of_other_kernels_is_refused(tmp_path: Path) -> None:
 
 def test_missing_zig_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     executable = tvm_executables.build("llvm", "aarch64-linux-gnu")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingTool, match="ziglang"):
+    monkeypatch.setattr(library, "_LINKER", "no-ziglang")
+    with pytest.raises(MissingTool, match="needs no-ziglang"):
         library.export(executable, tmp_path, "aarch64-linux-gnu")
 
 
 @pytest.mark.usefixtures("zig")
 def test_what_zig_cannot_link_is_a_backend_fault(tmp_path: Path) -> None:
     executable = tvm_executables.build("llvm", "x86_64-linux-gnu")
-    with pytest.raises(BackendFault, match=r"cannot be linked for aarch64-linux-gnu\.2\.28") as raised:
+    with pytest.raises(BackendFault, match=r"cannot be linked for aarch64-linux-gnu") as raised:
         library.export(executable, tmp_path, "aarch64-linux-gnu")
     assert "error:" in raised.value.why
 

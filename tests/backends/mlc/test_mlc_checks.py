@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -13,8 +11,10 @@ import machines
 from edgeq import target
 from edgeq.backends.llamacpp import install
 from edgeq.backends.llamacpp.system import Finding
-from edgeq.backends.mlc import checks
+from edgeq.backends.mlc import checks, official
 from edgeq.backends.mlc.checks import Engine, Report
+from edgeq.backends.mlc.official import Official
+from edgeq.errors import MissingTool
 from edgeq.machine import Accelerator, Machine, this_machine
 
 PINS = {"apache-tvm": "0.26.0", "apache-tvm-ffi": "0.1.13.post2"}
@@ -28,7 +28,11 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     """What edgeq pins, an empty PATH below the root, and no official compiler."""
     wanted = ["numpy>=1.26", *(f"{name}=={version}; extra == 'tvm'" for name, version in PINS.items())]
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: wanted)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+
+    def absent() -> Official:
+        raise MissingTool("mlc_llm is not installed", run=official.INSTALL)
+
+    monkeypatch.setattr(official, "find", absent)
     monkeypatch.setenv("PATH", "/usr/bin")
     for name in ("LD_LIBRARY_PATH", "TVM_CUDA_COMPILE_MODE"):
         monkeypatch.delenv(name, raising=False)
@@ -205,13 +209,12 @@ def test_what_runs_is_unknown_on_another_machine(monkeypatch: pytest.MonkeyPatch
 
 def test_the_official_compiler_is_optional_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     root = machines.cloud_vm(tmp_path)
-    assert findings(monkeypatch, root, "jetson", ABSENT, here=False)["mlc_llm"].passed is None
-    program(root, "usr/bin/mlc_llm")
     found = findings(monkeypatch, root, "jetson", ABSENT, here=False)["mlc_llm"]
-    assert (found.passed, found.observed) == (True, "/usr/bin/mlc_llm")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: SimpleNamespace(origin="/site/mlc_llm/__init__.py"))
+    assert (found.passed, found.observed) == (None, "mlc_llm is not installed")
+    assert official.INSTALL in found.remedy
+    monkeypatch.setattr(official, "find", lambda: Official(Path("mlc/bin/python"), "mlc-llm 1.0"))
     found = findings(monkeypatch, root, "jetson", ABSENT, here=False)["mlc_llm"]
-    assert (found.passed, found.observed) == (True, "/site/mlc_llm/__init__.py")
+    assert (found.passed, found.observed) == (True, "mlc-llm 1.0 in mlc/bin/python")
 
 
 def test_a_library_that_ends_the_process_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from edgeq.backends.base import Job, Session
-from edgeq.backends.mlc import checks, official
+from edgeq.backends.mlc import checks, library, official
 from edgeq.bundle import Bundle, Compiled
 from edgeq.errors import MissingTool, UsageFault
 from edgeq.machine import physical_cores, this_machine
@@ -43,7 +43,7 @@ def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001
 
 def tools(target: Target) -> tuple[str, ...]:
     """Names and versions of what compiles, and of the TVM that runs the gate; raises MissingTool when one is absent."""
-    found = _versions(checks.INSTALL)
+    found = (*_versions(checks.INSTALL), library.linker())
     return (*found, official.find().version) if official.is_chosen(target) else found
 
 
@@ -71,7 +71,7 @@ def load(folder: Path, bundle: Bundle) -> Session:
     os.environ.setdefault("TVM_NUM_THREADS", str(physical_cores()))
     import tvm
 
-    from edgeq.backends.mlc import built_in, devices, kernels, library, report
+    from edgeq.backends.mlc import built_in, devices, kernels, report
     from edgeq.backends.mlc.session import MlcSession
 
     made, path = report.read(folder), library.find(folder)

@@ -17,6 +17,8 @@ import msgspec
 
 from edgeq.backends.llamacpp import install
 from edgeq.backends.llamacpp.system import Finding
+from edgeq.backends.mlc import official
+from edgeq.errors import MissingTool
 from edgeq.machine import Machine
 from edgeq.target import Target
 
@@ -68,7 +70,7 @@ def findings(target: Target, machine: Machine, root: Path, *, here: bool) -> lis
     """
     gpu = target.code_generator in _RUNTIMES
     engine = ask(report=here and gpu)
-    found = [_packages(target, engine), *_kernel_check(target, root), _official(target, root)]
+    found = [_packages(target, engine), *_kernel_check(target, root), _official(target)]
     if gpu:
         found.append(_runtime(target, machine, root, engine) if here else _elsewhere(_runtime_name(target)))
     if target.code_generator == "cuda":
@@ -145,14 +147,14 @@ def _packages(target: Target, engine: Engine) -> Finding:
     return Finding("tvm", engine.versions == pins, expected, observed, f"pip install {again}")
 
 
-def _official(target: Target, root: Path) -> Finding:
+def _official(target: Target) -> Finding:
     """MLC's own compiler: what the package index has under its name is an empty placeholder, so the module counts."""
-    found = importlib.util.find_spec("mlc_llm")
-    where = found.origin if found else _show(_program("mlc_llm", root), root)
     use = "needed for Vulkan" if target.code_generator == "vulkan" else "optional"
-    remedy = f"{use}: compile MLC-LLM, or take a wheel from its makers' own page; the package index has placeholders"
-    present = found is not None or _program("mlc_llm", root) is not None
-    return Finding("mlc_llm", present or None, "MLC's own compiler", where or "a folder", remedy)
+    try:
+        found = official.find()
+    except MissingTool as missing:
+        return Finding("mlc_llm", None, "MLC's own compiler", missing.what, f"{use}: {missing.run}")
+    return Finding("mlc_llm", True, "MLC's own compiler", f"{found.version} in {found.python}", "")
 
 
 def _runtime_name(target: Target) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import io
 import platform
 import struct
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from edgeq.backends.mlc import kernels
 from edgeq.errors import BackendFault, MissingTool
 
+_LINKER = "ziglang"
 NAME = "model"
 """Stem of a library's file name."""
 
@@ -65,8 +66,27 @@ def export(executable: Any, folder: Path, triple: str, binaries: Mapping[str, by
         out, system = folder / file_name(triple), _SYSTEMS.get(_split(triple)[1])
         if system is None:
             return _archive(objects, out)
-        _link(objects, out, f"{_split(triple)[0]}-{system.zig}", system.flags)
+        _link(objects, out, triple, system.flags)
     return require(out, triple)
+
+
+def linker() -> str:
+    """Name and version of what links; raises MissingTool when it is not installed."""
+    try:
+        return f"{_LINKER} {importlib.metadata.version(_LINKER)}"
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingTool(
+            f"the mlc backend needs {_LINKER} to build",
+            why="It links libraries for any machine, so that no cross compiler has to be installed.",
+            run="pip install 'edgeq[build,tvm]'",
+        ) from error
+
+
+def link_command(triple: str, driver: str) -> list[str]:
+    """Words that start zig as the C (`cc`) or C++ (`c++`) compiler of a Linux or a Mac; raises as `linker` does."""
+    linker()
+    machine, system = _split(triple)
+    return [sys.executable, "-m", _LINKER, driver, "-target", f"{machine}-{_SYSTEMS[system].zig}"]
 
 
 def file_name(triple: str) -> str:
@@ -199,17 +219,11 @@ def _compiled(module: bytes, binaries: Mapping[str, bytes]) -> bytes:
     return module
 
 
-def _link(objects: Sequence[Path], out: Path, target: str, flags: Sequence[str]) -> None:
-    if importlib.util.find_spec("ziglang") is None:
-        raise MissingTool(
-            "the mlc backend needs ziglang",
-            why="It links libraries for any machine, so that no cross compiler has to be installed.",
-            run="pip install ziglang",
-        )
-    command = [sys.executable, "-m", "ziglang", "cc", "-target", target, "-shared", "-o", str(out), *map(str, objects)]
-    done = subprocess.run([*command, *flags], capture_output=True, text=True, errors="replace")
+def _link(objects: Sequence[Path], out: Path, triple: str, flags: Sequence[str]) -> None:
+    linked = [*link_command(triple, "cc"), "-shared", "-o", str(out), *map(str, objects), *flags]
+    done = subprocess.run(linked, capture_output=True, text=True, errors="replace")
     if done.returncode:
-        raise BackendFault(f"the library cannot be linked for {target}", why=done.stderr.strip()[-2000:])
+        raise BackendFault(f"the library cannot be linked for {triple}", why=done.stderr.strip()[-2000:])
 
 
 def _archive(objects: Sequence[Path], out: Path) -> Path:

@@ -6,7 +6,6 @@ converter would write is plain rounding, with norms in bfloat16.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 
 from edgeq.backends.base import Job
 from edgeq.backends.mlc import devices, packing, tensor_cache
-from edgeq.backends.mlc.library import file_name, require
+from edgeq.backends.mlc.library import file_name, link_command, require
 from edgeq.bundle import Compiled, Memory
 from edgeq.errors import BackendFault, BackendKilled, MissingTool, UnsupportedModel, UsageFault
 from edgeq.model import Model
@@ -50,7 +49,6 @@ LIMIT_S = 1800.0
 """Time for one compilation: minutes on two slow cores."""
 Parameters = dict[str, tuple[tuple[int, ...], str]]
 _PROBE_LIMIT_S = 60.0
-_GLIBC = "2.28"  # of TVM's own wheels
 _PROBE = """
 import importlib.metadata, importlib.util, json, pathlib
 spec = importlib.util.find_spec("mlc_llm")
@@ -395,16 +393,13 @@ def _unsupported(what: str) -> UnsupportedModel:
 
 def _linker(host: str, scratch: Path) -> dict[str, str]:
     """Environment in which TVM links for a host: by zig for Linux; on a Mac, for a Mac, by Apple's tools."""
-    machine, _, system = host.partition("-")
+    system = host.partition("-")[2]
     if system == "apple-darwin" and sys.platform == "darwin":
         return {}
     if system != "linux-gnu":
         raise UsageFault(f"the official MLC compiler links for {host} on such a machine only", run=f"use {BUILT_IN}")
-    if importlib.util.find_spec("ziglang") is None:
-        raise MissingTool(f"ziglang, which links for {host}, is not installed", run="pip install ziglang")
     script = scratch / "cxx"
-    zig = [sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-{system}.{_GLIBC}"]
-    script.write_text(f'#!/bin/sh\nexec {shlex.join(zig)} "$@" -lm\n', encoding="utf-8")
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(link_command(host, "c++"))} "$@" -lm\n', encoding="utf-8")
     script.chmod(0o700)
     return {"CXX": str(script)}
 
