@@ -18,11 +18,15 @@ _BFLOAT16 = 16
 
 
 def packed_matmul(x: Tensor, words: Tensor, scales: Tensor | None, bits: int, out_dtype: str) -> Tensor:
-    """x [batch, n, inputs] times the transpose of a packed matrix [outputs, inputs], unpacked where it is used."""
+    """x [batch, n, inputs] times the transpose of a packed matrix [outputs, inputs], unpacked where it is used.
+
+    Weights are float32 for one token, and of x's dtype for several, which is what units for matrix products take.
+    """
 
     def build(x: Any, words: Any, scales: Any = None) -> Any:
         shape = (words.shape[0], words.shape[1] * (WORD // bits))
-        weights = te.compute(shape, lambda o, i: _unpacked(words, scales, bits, o, i).astype(x.dtype), "dequantize")
+        dtype = "float32" if isinstance(x.shape[1], tirx.IntImm) else x.dtype
+        weights = te.compute(shape, lambda o, i: _unpacked(words, scales, bits, o, i).astype(dtype), "dequantize")
         return _matmul(x, weights, out_dtype)
 
     given = [x, words] if scales is None else [x, words, scales]
@@ -190,7 +194,7 @@ def _matmul(x: Any, weights: Any, out_dtype: str) -> Any:
 
 
 def _unpacked(words: Any, scales: Any, bits: int, row: Any, column: Any) -> Any:
-    """Float32 or scale's-dtype value of one element of a packed matrix."""
+    """Float32 value of one element of a packed matrix."""
     each = WORD // bits
     word = words[row, column // each]
     if bits == _BFLOAT16:  # the upper half of a float32
@@ -200,7 +204,7 @@ def _unpacked(words: Any, scales: Any, bits: int, row: Any, column: Any) -> Any:
     shift = (column % each * bits).astype("uint32")
     code = tirx.bitwise_and(tirx.shift_right(word, shift), tirx.const((1 << bits) - 1, "uint32"))
     group = words.shape[1] * each // scales.shape[1]
-    return (code.astype(scales.dtype) - tirx.const(middle(bits), scales.dtype)) * scales[row, column // group]
+    return (_float32(code) - tirx.const(middle(bits), "float32")) * _float32(scales[row, column // group])
 
 
 def _softplus(value: Any) -> Any:

@@ -68,9 +68,18 @@ def _tries(rules: list[Any], function: Any, target: Any) -> Iterator[tuple[Any, 
 
 def _is_few_rows(function: Any) -> bool:
     """Whether an argument is [b, 1, inputs] with unknown b: a decoding step of several sequences."""
+    return any(len(sizes) == 3 and sizes[:2] == [None, 1] for sizes in _shapes(function))
+
+
+def _has_chunk(function: Any) -> bool:
+    """Whether an argument is [1, n, inputs] with unknown n: a chunk of a prompt."""
+    return any(len(sizes) == 3 and sizes[:2] == [1, None] for sizes in _shapes(function))
+
+
+def _shapes(function: Any) -> list[list[int | None]]:
+    """Shapes of a kernel's arguments; None for a size that is not known."""
     shapes = [parameter.ty.shape for parameter in function.params if hasattr(parameter.ty, "shape")]
-    sizes = [[int(size) if isinstance(size, tirx.IntImm) else None for size in shape] for shape in shapes]
-    return any(len(each) == 3 and each[:2] == [None, 1] for each in sizes)
+    return [[int(size) if isinstance(size, tirx.IntImm) else None for size in shape] for shape in shapes]
 
 
 class _LoopsOnCpu(dlight.ScheduleRule):
@@ -91,7 +100,10 @@ class _LoopsOnCpu(dlight.ScheduleRule):
 
 
 class _MatrixOnCpu(dlight.ScheduleRule):
-    """Matrix products: rows of the matrix in parallel, tokens inside, 4 vectors of 8 partial sums along the inputs."""
+    """Matrix products: rows of the matrix in parallel, tokens inside, 4 vectors of 8 partial sums along the inputs.
+
+    A packed row is unpacked once for all tokens of a chunk.
+    """
 
     _LANES = 8
     _VECTORS = 4
@@ -101,7 +113,8 @@ class _MatrixOnCpu(dlight.ScheduleRule):
         blocks = normalize_prim_func(schedule)
         if blocks is None:
             return None
-        blocks = try_inline(schedule, blocks)
+        unpacked = [block for block in blocks if block.name == "dequantize" and _has_chunk(func)]
+        blocks = try_inline(schedule, [block for block in blocks if block not in unpacked])
         sums = [block for block in blocks if block.is_reduction()]
         if len(sums) != 1 or len(blocks) > 2 or sums[0].dom_kind().count("R") != 1:
             return None
@@ -119,6 +132,9 @@ class _MatrixOnCpu(dlight.ScheduleRule):
         schedule.parallel(loops[0])
         schedule.compute_at(partial, loops[outer - 1], preserve_unit_loops=True)
         schedule.set_scope(partial, 0, "local")
+        for each in unpacked:
+            schedule.compute_at(each.block_rv, loops[0])
+            schedule.vectorize(schedule.split(schedule.get_loops(each.block_rv)[-1], [None, self._LANES])[1])
         inside = schedule.get_loops(partial)[outer:]
         lane = max(inside, key=lambda loop: int(schedule.get(loop).extent) == width)
         step = [loop for loop in inside if not schedule.get(loop).same_as(schedule.get(lane))][-1]
