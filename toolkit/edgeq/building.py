@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 
 from edgeq import accuracy, backends, bundle, chat, data, gate, reference, sources, store, transformer
 from edgeq.backends.base import Job, Progress
-from edgeq.bundle import Bundle, Gate, Source
+from edgeq.bundle import Bundle, Gate, MemoryPlan, Source
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import NothingFits
 from edgeq.planning import Plan
@@ -46,6 +47,8 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     peak_rss_bytes: int | None
     peak_anonymous_bytes: int | None
+    kernels: Literal["compiled", "unchecked"] | None
+    memory: MemoryPlan | None
     gate: Gate
     notes: tuple[str, ...]
 
@@ -156,6 +159,8 @@ def _report(work: Plan, made: Bundle, seconds: float, peak: Phase) -> Built:
         seconds=seconds,
         peak_rss_bytes=peak.rss_bytes,
         peak_anonymous_bytes=peak.anonymous_bytes,
+        kernels=made.kernels,
+        memory=made.memory,
         gate=made.gate,
         notes=made.notes,
     )

@@ -59,7 +59,7 @@ class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return cls(False, None, kl_weights_only, None, None, None, reason, max_loss, 0, text_sha256, here)
 
 
-class Memory(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class MemoryPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Bytes that compiled code wants, read from the code: `temporary_bytes` of each function, at its longest input.
 
     state_bytes: of linear attention, whatever the number of tokens; None where the code does not say.
@@ -79,7 +79,7 @@ class Compiled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """
 
     kernels: Literal["compiled", "unchecked"] | None
-    memory: Memory
+    memory: MemoryPlan
 
 
 class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -105,7 +105,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     files: tuple[File, ...]
     gate: Gate
     kernels: Literal["compiled", "unchecked"] | None = None
-    memory: Memory | None = None
+    memory: MemoryPlan | None = None
 
     @property
     def bytes(self) -> int:

@@ -14,7 +14,7 @@ from edgeq.units import show_bytes
 
 if TYPE_CHECKING:
     from edgeq.building import Built
-    from edgeq.bundle import Gate
+    from edgeq.bundle import Gate, MemoryPlan
     from edgeq.catalog import Entry
     from edgeq.detect import BackendState
     from edgeq.doctor import Check
@@ -26,15 +26,30 @@ if TYPE_CHECKING:
 
 def built(document: Built) -> Table:
     """What a build made."""
+    compiled = []
+    if document.kernels is not None:
+        compiled.append(("kernels", f"{document.kernels} for {document.provider}"))
+    if document.memory is not None:
+        compiled.append(("memory", _planned(document.memory)))
     return _facts(
         ("bundle", document.bundle),
         ("model", f"{document.model} (Qwen{document.generation})"),
         ("target", f"{document.target}, {document.backend} on {document.provider}"),
         ("recipe", f"{document.recipe}, {document.bits_per_weight:.2f} bits per weight"),
         ("size", show_bytes(document.bytes)),
+        *compiled,
         ("gate", _gate(document.gate)),
         ("build", f"{document.seconds:.1f} s, peak memory {show_bytes(document.peak_rss_bytes)}"),
         ("next", f"edgeq profile {document.bundle}"),
+    )
+
+
+def _planned(memory: MemoryPlan) -> str:
+    """Memory that compiled code wants."""
+    state = f", state {show_bytes(memory.state_bytes)}" if memory.state_bytes else ""
+    return (
+        f"weights {show_bytes(memory.weights_bytes)}, {show_bytes(memory.kv_cache_bytes_per_token)} per token of context"
+        f"{state}, temporaries {show_bytes(max(memory.temporary_bytes.values(), default=0))} at most"
     )
 
 

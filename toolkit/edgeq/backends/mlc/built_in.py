@@ -9,7 +9,7 @@ from edgeq import size
 from edgeq.backends.base import Job
 from edgeq.backends.mlc import compiler, devices, kernels, library, report, weights
 from edgeq.backends.mlc.report import BUILT_IN, Report
-from edgeq.bundle import Bundle, Compiled, Memory
+from edgeq.bundle import Bundle, Compiled, MemoryPlan
 from edgeq.errors import BackendFault
 from edgeq.model import Model, read_config
 from edgeq.recipe import Recipe, parse
@@ -39,7 +39,7 @@ def for_this_cpu(bundle: Bundle, floats: str) -> Any:
     return compiler.compile_model(read_config(bundle.config), how, devices.this_cpu(), bundle.context).executable
 
 
-def _hold_against_plan(model: Model, recipe: Recipe, memory: Memory) -> None:
+def _hold_against_plan(model: Model, recipe: Recipe, memory: MemoryPlan) -> None:
     """Raise BackendFault when compiled code wants more or less memory than edgeq predicts from shapes."""
     predicted = {
         "weights_bytes": size.weight_bytes(model, recipe, recipe.kv_bits),

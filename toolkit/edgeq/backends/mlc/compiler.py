@@ -15,7 +15,7 @@ from edgeq.backends.mlc import report, schedules
 from edgeq.backends.mlc.decoder import Decoder
 from edgeq.backends.mlc.layers import Precision
 from edgeq.backends.mlc.report import Kernel
-from edgeq.bundle import Memory
+from edgeq.bundle import MemoryPlan
 from edgeq.model import Model
 from edgeq.recipe import Recipe
 
@@ -35,7 +35,7 @@ class Compiled:
     executable: Any
     parameters: Mapping[str, tuple[tuple[int, ...], str]]
     kernels: tuple[Kernel, ...]
-    memory: Memory
+    memory: MemoryPlan
 
 
 def precision(recipe: Recipe, own: str) -> Precision:
@@ -103,7 +103,7 @@ def compile_model(model: Model, how: Precision, target: Any, context: int) -> Co
         executable = relax.build(module, target=target, relax_pipeline=pipeline)
     calls = {name: found["calls"].get(name, 0) for name in sorted(taken)}
     kernels = tuple(Kernel(name, taken[name], times, times * found["bytes"][name]) for name, times in calls.items())
-    memory = Memory(
+    memory = MemoryPlan(
         weights_bytes=sum(map(_bytes, parameters.values())),
         kv_cache_bytes_per_token=found["kv_cache_bytes_per_token"],
         state_bytes=sum(map(_bytes, decoder.states)),

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from edgeq.backends.base import Job
 from edgeq.backends.mlc import devices, packing, tensor_cache
 from edgeq.backends.mlc.library import file_name, link_command, require
-from edgeq.bundle import Compiled, Memory
+from edgeq.bundle import Compiled, MemoryPlan
 from edgeq.errors import BackendFault, BackendKilled, MissingTool, UnsupportedModel, UsageFault
 from edgeq.model import Model
 from edgeq.quantize.solution import Solution
@@ -263,14 +263,14 @@ def write(job: Job, wanted: Parameters, out: Path) -> None:
         job.progress("weights", len(every), len(every))
 
 
-def memory(library: Path, host: str) -> Memory:
+def memory(library: Path, host: str) -> MemoryPlan:
     """Memory that a library's code wants, as it says itself; its caches and states from the shapes that it names."""
     told = describe(library, host)
     try:
         cache = told["kv_cache"]
         width = np.dtype(_DTYPES[told["quantization"]]).itemsize
         values = cache["num_hidden_layers"] * cache["num_key_value_heads"] * cache["head_dim"] * 2
-        return Memory(
+        return MemoryPlan(
             weights_bytes=sum(
                 math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in _parameters(told).values()
             ),
