@@ -46,11 +46,14 @@ def built(document: Built) -> Table:
 
 def _planned(memory: MemoryPlan) -> str:
     """Memory that compiled code wants."""
-    state = f", state {show_bytes(memory.state_bytes)}" if memory.state_bytes else ""
-    return (
-        f"weights {show_bytes(memory.weights_bytes)}, {show_bytes(memory.kv_cache_bytes_per_token)} per token of context"
-        f"{state}, temporaries {show_bytes(max(memory.temporary_bytes.values(), default=0))} at most"
-    )
+    words = [
+        f"weights {show_bytes(memory.weights_bytes)}",
+        f"{memory.kv_cache_bytes_per_token / 1024:.3g} KiB per token of context",
+        f"temporaries {show_bytes(max(memory.temporary_bytes.values(), default=0))} at most",
+    ]
+    if memory.state_bytes:
+        words.append(f"state {show_bytes(memory.state_bytes)}")
+    return ", ".join(words)
 
 
 def plan(document: PlanSheet) -> Table:
