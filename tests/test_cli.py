@@ -192,10 +192,16 @@ def test_a_prompt_of_several_lines_is_one_word(capsys: pytest.CaptureFixture[str
     assert run(capsys, "run", str(built("3", "w4g32-e8-rtn")), "Hello\nthere", "--max-tokens", "2")[0] == 0
 
 
-def test_a_backend_that_is_not_there_yet_is_a_missing_tool(capsys: pytest.CaptureFixture[str], tiny: Build) -> None:
-    code, _, err = run(capsys, "build", str(tiny("3")), "-t", "jetson", "--backend", "mlc")
-    assert code == 5
-    assert "backend mlc is not part of this edgeq" in err
+@pytest.mark.parametrize("package", ["apache-tvm", "apache-tvm-ffi"])
+def test_a_backend_whose_engine_is_absent_or_another_version_is_a_missing_tool(
+    capsys: pytest.CaptureFixture[str], tiny: Build, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    installed = {"apache-tvm": "0.26.0", "apache-tvm-ffi": "0.1.13.post2"}
+    words = ["build", str(tiny("3")), "-t", "jetson", "--backend", "mlc", "--dry-run"]
+    for version, told in ((None, f"needs {package}"), ("0.1.15", f"{package} 0.1.15 is installed")):
+        monkeypatch.setattr("edgeq.backends.mlc.checks.version", (installed | {package: version}).get)
+        code, _, err = run(capsys, *words)
+        assert (code, told in err, "pip install 'edgeq[tvm]'" in err) == (5, True, True), err
 
 
 @pytest.mark.parametrize("words", [["-f", "json"], ["--format", "json"], ["--json"]])
