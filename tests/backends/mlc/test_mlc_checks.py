@@ -34,8 +34,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(official, "find", absent)
     monkeypatch.setenv("PATH", "/usr/bin")
-    for name in ("LD_LIBRARY_PATH", "TVM_CUDA_COMPILE_MODE"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
 
 
 @pytest.fixture
@@ -51,8 +50,8 @@ def thor(tmp_path: Path) -> Path:
     return machines.write(machines.jetson_agx_thor(tmp_path), cuda)
 
 
-def engine(*runtimes: str, nvrtc: str = "") -> Engine:
-    return Engine(dict(PINS), Report(runtimes, nvrtc))
+def engine(*runtimes: str) -> Engine:
+    return Engine(dict(PINS), Report(runtimes))
 
 
 def findings(
@@ -154,17 +153,18 @@ def test_without_edgeqs_metadata_the_versions_are_unknown(monkeypatch: pytest.Mo
     assert findings(monkeypatch, machines.raspberry_pi_5(tmp_path), "pi5", engine())["tvm"].passed is None
 
 
-def test_kernels_that_were_not_compiled_need_nvrtc_or_nvcc(monkeypatch: pytest.MonkeyPatch, thor: Path) -> None:
-    def found(installed: Engine) -> Finding:
-        return findings(monkeypatch, thor, "thor", installed)["cuda kernel compiler"]
+def test_kernels_that_were_not_compiled_need_an_nvcc_that_knows_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, thor: Path
+) -> None:
+    def found() -> Finding:
+        return findings(monkeypatch, thor, "thor", engine("cuda"))["cuda kernel compiler"]
 
-    assert (found(engine("cuda")).passed, found(engine("cuda")).observed) == (None, "none found")
-    assert (found(engine(nvrtc="13.0")).passed, found(engine(nvrtc="13.0")).observed) == (True, "NVRTC 13.0")
-    program(thor, "usr/local/cuda/bin/nvcc")
-    assert (found(engine("cuda")).passed, found(engine("cuda")).observed) == (None, "nvcc, /usr/local/cuda/bin/nvcc")
-    assert found(engine("cuda")).remedy.startswith("export TVM_CUDA_COMPILE_MODE=nvcc")
-    monkeypatch.setenv("TVM_CUDA_COMPILE_MODE", "nvcc")
-    assert found(engine("cuda")).passed is True
+    assert (found().passed, found().observed) == (None, "none found")
+    assert found().remedy.startswith("only where kernels were not compiled with the bundle: install a CUDA toolkit")
+    program(thor, "usr/local/cuda/bin/nvcc", "echo sm_75 sm_90")
+    assert (found().passed, found().observed) == (None, "/usr/local/cuda/bin/nvcc, knows sm_75 to sm_90")
+    program(thor, "usr/local/cuda/bin/nvcc", "echo sm_75 sm_110")
+    assert found().passed is True
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -24,7 +23,7 @@ from edgeq.target import Target
 
 INSTALL = "pip install 'edgeq[tvm]'"
 _PIN = re.compile(r"(apache-tvm(?:-ffi)?)\s*==\s*([\w.]+)")
-_ASK = (sys.executable, "-P", "-m", "edgeq.backends.mlc.checks")
+_ASK = (sys.executable, "-P", "-c", "from edgeq.backends.mlc import checks; checks.answer()")
 _ASK_SECONDS = 60.0
 _RUNTIMES = ("cuda", "metal", "opencl", "vulkan")
 _FIRST_L4T = 38
@@ -40,10 +39,9 @@ _NO_RUNTIME = {
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What the installed TVM says: the GPU runtimes it could load, and NVRTC's version, empty where it has none."""
+    """What the installed TVM says: the GPU runtimes it could load."""
 
     runtimes: tuple[str, ...]
-    nvrtc: str
 
 
 class Engine(NamedTuple):
@@ -74,7 +72,7 @@ def findings(target: Target, machine: Machine, root: Path, *, here: bool) -> lis
     if gpu:
         found.append(_runtime(target, machine, root, engine) if here else _elsewhere(_runtime_name(target)))
     if target.code_generator == "cuda":
-        found.append(_kernel_compiler(root, engine) if here else _elsewhere("cuda kernel compiler"))
+        found.append(_kernel_compiler(target, root) if here else _elsewhere("cuda kernel compiler"))
     return found
 
 
@@ -107,20 +105,12 @@ def ask(*, report: bool) -> Engine:
     return Engine(versions, msgspec.json.decode(done.stdout.strip().rpartition(b"\n")[2], type=Report))
 
 
-def installed_report() -> Report:
-    """The report, made in this process: it imports TVM."""
+def answer() -> None:
+    """Write the report of this process, which imports TVM for it, to stdout as one line of JSON."""
     from tvm import runtime
 
-    return Report(tuple(kind for kind in _RUNTIMES if runtime.enabled(kind)), _nvrtc())
-
-
-def _nvrtc() -> str:
-    try:
-        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
-        _, major, minor = nvrtc.nvrtcVersion()
-    except (ImportError, OSError, RuntimeError):
-        return ""
-    return f"{major}.{minor}"
+    report = Report(tuple(kind for kind in _RUNTIMES if runtime.enabled(kind)))
+    sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
 
 
 def version(package: str) -> str | None:
@@ -191,18 +181,11 @@ def _no_cuda(target: Target, machine: Machine, root: Path, engine: Engine) -> Fi
     return Finding(name, False, expected, f"{observed}; {engine.fault or 'TVM cannot load it'}", remedy)
 
 
-def _kernel_compiler(root: Path, engine: Engine) -> Finding:
+def _kernel_compiler(target: Target, root: Path) -> Finding:
     """What compiles a library's kernels when it is first loaded, where they were not compiled with it."""
-    name, expected = "cuda kernel compiler", "NVRTC through cuda-bindings, or nvcc"
-    nvrtc, nvcc = engine.report.nvrtc if engine.report else "", _nvcc(root)
-    if nvrtc:
-        return Finding(name, True, expected, f"NVRTC {nvrtc}", "")
-    mode = os.environ.get("TVM_CUDA_COMPILE_MODE", "")
-    if nvcc:
-        remedy = "export TVM_CUDA_COMPILE_MODE=nvcc; or pip install cuda-bindings"
-        return Finding(name, mode.lower() == "nvcc" or None, expected, f"nvcc, {_show(nvcc, root)}", remedy)
-    remedy = "only where kernels were not compiled with the bundle: pip install cuda-bindings, beside CUDA 13's NVRTC"
-    return Finding(name, None, expected, "none found", remedy)
+    return _knowing_nvcc(
+        target, root, "cuda kernel compiler", "only where kernels were not compiled with the bundle: install"
+    )
 
 
 def _kernel_check(target: Target, root: Path) -> list[Finding]:
@@ -213,13 +196,18 @@ def _kernel_check(target: Target, root: Path) -> list[Finding]:
         return [Finding(name, clang is not None or None, "clang", _show(clang, root), f"{unchecked} clang")]
     if kind != "cuda":
         return []
+    return [_knowing_nvcc(target, root, name, unchecked)]
+
+
+def _knowing_nvcc(target: Target, root: Path, name: str, when: str) -> Finding:
+    """nvcc that compiles for the target; `when` begins the remedy."""
     arch, nvcc = target.gpu.arch if target.gpu else "unknown", _nvcc(root)
-    expected, remedy = f"nvcc that knows {arch}", f"{unchecked} a CUDA toolkit whose nvcc --list-gpu-code names {arch}"
+    expected, remedy = f"nvcc that knows {arch}", f"{when} a CUDA toolkit whose nvcc --list-gpu-code names {arch}"
     if nvcc is None:
-        return [Finding(name, None, expected, "none found", remedy)]
+        return Finding(name, None, expected, "none found", remedy)
     known = _run(nvcc, "--list-gpu-code").split() or ["nothing that it says"]
     observed = f"{_show(nvcc, root)}, knows {' to '.join(dict.fromkeys((known[0], known[-1])))}"
-    return [Finding(name, arch in known or None, expected, observed, remedy)]
+    return Finding(name, arch in known or None, expected, observed, remedy)
 
 
 def _l4t(root: Path) -> tuple[int, ...]:
@@ -259,7 +247,3 @@ def _run(program: Path, argument: str) -> str:
 
 def _show(path: Path | None, root: Path) -> str:
     return "none found" if path is None else f"/{path.relative_to(root)}"
-
-
-if __name__ == "__main__":
-    sys.stdout.buffer.write(msgspec.json.encode(installed_report()) + b"\n")
