@@ -21,7 +21,7 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, spec
 from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedKVCache
 
-from edgeq.backends.mlc import operators
+from edgeq.backends.mlc import attention, operators
 from edgeq.backends.mlc.layers import Linear, Norm, Precision
 from edgeq.model import Model
 
@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         """Empty keys and values of `tokens` tokens in all; queries and keys are rotated on their way in."""
         model = self._shape
         layers = model.full_attention_layers
-        return TIRPagedKVCache(
+        cache = TIRPagedKVCache(
             attn_kind="mha",
             max_batch_size=batch,
             max_total_seq_len=tokens,
@@ -105,6 +105,11 @@ class Decoder(nn.Module):
             dtype=self._precision.dtype,
             target=self._target,
         )
+        if self._target.kind.name != "llvm":
+            builder = relax.BlockBuilder.current()
+            merge = builder.get().get_global_var("tir_attention_merge_state")
+            builder.update_func(merge, attention.merge_state(model.heads, model.head_dim, self._precision.dtype))
+        return cache
 
     def functions(self) -> dict[str, dict[str, Any]]:
         """Arguments of each function, as `export_tvm` wants them."""
