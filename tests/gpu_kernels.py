@@ -156,7 +156,6 @@ def running_on(device: Device) -> Iterator[None]:
     def lowering() -> tuple[Any, Any, Any]:
         lower, finalize_host, finalize_device = usual()
 
-        @tvm.transform.module_pass(opt_level=0)  # type: ignore[untyped-decorator]
         def split(module: Any, _: Any) -> Any:
             host, modules = split_host_device_mods(lower(module))
             names = {}
@@ -170,7 +169,7 @@ def running_on(device: Device) -> Iterator[None]:
                 host[symbol] = hosted(function, names, DEVICE_TYPES[device.kind])
             return host
 
-        return split, finalize_host, finalize_device
+        return tvm.transform.module_pass(split, opt_level=0), finalize_host, finalize_device
 
     tirx.register_tir_pipeline("s_tir", lowering)
     try:
