@@ -20,18 +20,22 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = ROOT / "tests" / "proofs"
+State = Literal["executed", "compiled", "unchecked"]
 SKIPPED = 77
 """Exit code of a script that could not run here, as in automake: its last line on stderr says why."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """One API and generation: `state` is what really happened here, `how` on what, `figures` what was measured."""
+    """One API and generation: `state` is what really happened here, `how` on what, `figures` what was measured.
+
+    Compiled code ran nowhere; unchecked code was made, and nothing here could even compile it further.
+    """
 
     api: str
     engine: str
     generation: str
-    state: Literal["executed", "compiled"]
+    state: State
     how: str
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -124,6 +128,17 @@ def dequantized_logits(model: str, recipe_name: str, ids: NDArray[np.int32]) -> 
         tokens = torch.from_numpy(ids[None].astype(np.int64))
         logits: NDArray[np.float32] = reference(input_ids=tokens).logits[0].numpy()
     return logits
+
+
+def divergence(wanted: NDArray[np.float32], found: NDArray[np.float32]) -> float:
+    """Mean KL divergence, nats per token, of the predictions of two arrays of logits [tokens, vocabulary]."""
+    import numpy as np
+
+    from edgeq import accuracy
+
+    log_p, log_q = (accuracy.log_softmax(logits).astype(np.float64) for logits in (wanted, found))
+    terms = np.exp(log_p) * (log_p - log_q) - np.exp(log_p) + np.exp(log_q)  # never negative; -p + q sum to 0
+    return float(terms.sum(axis=1).mean())
 
 
 def record(proofs: Sequence[Proof], versions: dict[str, str], save: bool) -> None:
