@@ -21,16 +21,14 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = ROOT / "tests" / "proofs"
 State = Literal["executed", "compiled", "unchecked"]
+"""Strongest first: it ran; a compiler of the API took it; it was made, and there was no such compiler."""
 SKIPPED = 77
 """Exit code of a script that could not run here, as in automake: its last line on stderr says why."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """One API and generation: `state` is what really happened here, `how` on what, `figures` what was measured.
-
-    Compiled code ran nowhere; unchecked code was made, and nothing here could even compile it further.
-    """
+    """One API and generation: `state` is what really happened here, `how` on what, `figures` what was measured."""
 
     api: str
     engine: str
