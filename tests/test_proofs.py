@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -139,6 +140,14 @@ def test_a_command_that_fails_is_a_skip_in_its_own_words(capsys: pytest.CaptureF
 @pytest.mark.parametrize(("text", "line"), [("a\nb\n\n", "b"), ("", "it gave no reason"), (" \n", "it gave no reason")])
 def test_the_last_line_is_the_last_that_says_something(text: str, line: str) -> None:
     assert proofs.last_line(text) == line
+
+
+def test_divergence_is_that_of_the_distributions() -> None:
+    wanted = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))
+    found = np.log(np.array([[0.25, 0.75], [0.9, 0.1]], np.float32))
+    expected = (0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)) / 2
+    assert proofs.divergence(wanted, found + 7) == pytest.approx(expected, rel=1e-5)
+    assert 0 <= proofs.divergence(wanted, wanted + 7) < 1e-12
 
 
 @pytest.mark.parametrize("save", [False, True])

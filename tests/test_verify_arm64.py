@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 
 import null_bundles
 import script_files
-from edgeq import backends, bundle, machine
+from edgeq import backends, bundle, machine, target
 from edgeq.backends.null import NullSession
 from edgeq.errors import MissingTool
 
@@ -114,14 +115,6 @@ def test_logits_away_from_those_of_the_same_weights_are_a_fault(judge: Callable[
     assert "KL divergence nan" in judge(np.full_like(LOGITS, np.nan))[0]
 
 
-def test_divergence_is_that_of_the_distributions(script: Any) -> None:
-    wanted = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))
-    found = np.log(np.array([[0.25, 0.75], [0.9, 0.1]], np.float32))
-    expected = (0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)) / 2
-    assert script.divergence(wanted, found + 7) == pytest.approx(expected, rel=1e-5)
-    assert 0 <= script.divergence(wanted, wanted + 7) < 1e-12
-
-
 def test_the_table_has_a_row_for_each_run_and_lines_up(script: Any) -> None:
     heading, first, second = script.table(runs(script, "exit code 132: no message")).splitlines()
     assert first.split() == ["onnx", "3.5", "cortex-a76", "0.00190", "0.00430", "2.5e-05", "3e-04", "0.931", "yes"]
@@ -205,6 +198,7 @@ def test_a_guest_installs_what_a_device_does_and_the_pinned_llama_cpp(script: An
     requirements, engine = script.packages()
     names = {each.partition(">")[0] for each in requirements}
     assert {"msgspec", "numpy", "onnxruntime", "tokenizers", "diskcache"} <= names
+    assert {"apache-tvm", "apache-tvm-ffi"} <= {each.partition("==")[0] for each in requirements}
     assert not {"torch", "transformers"} & names
     pins = script.constraints().read_text(encoding="utf-8").splitlines()
     assert engine.replace("-", "_") in pins
@@ -227,3 +221,43 @@ def test_the_guest_ends_with_verify_s_exit_code(script: Any, tmp_path: Path) -> 
         stream.write(b" ")
     assert script.in_guest(tmp_path / "bundle", tmp_path / "logits.npy") == 12
     assert not (tmp_path / "logits.npy").exists()
+
+
+def test_a_library_that_would_be_compiled_anew_proves_nothing(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tvm", reason="needs edgeq[tvm]")
+    from edgeq.backends import mlc
+    from edgeq.backends.mlc import built_in
+
+    monkeypatch.setattr(mlc, "load", lambda _, manifest: built_in.for_this_cpu(manifest, "float32"))
+    null_bundles.write(tmp_path / "bundle", backend=script.COMPILED)
+    assert script.in_guest(tmp_path / "bundle", tmp_path / "logits.npy") == 30
+    assert "the library is not for this processor" in capsys.readouterr().err
+
+
+def test_compiled_code_runs_on_the_processor_that_it_is_for_the_rest_on_all(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Emulated:
+        def __init__(self, core: Any) -> None:
+            self.core = core
+
+        def python(self, *words: str, cpu: int) -> subprocess.CompletedProcess[str]:
+            return subprocess.CompletedProcess(words, cpu)
+
+    monkeypatch.setattr(script.reference, "QUICK_WINDOWS", script.WINDOWS)
+    monkeypatch.setattr(script.edgeq, "build", lambda model, **_: SimpleNamespace(generation=model[len("demo-qwen") :]))
+    monkeypatch.setattr(script, "first_window", lambda _: np.arange(3))
+    monkeypatch.setattr(script.proofs, "dequantized_logits", lambda *_: LOGITS)
+    monkeypatch.setattr(script, "judged", lambda *_: ("", {}))
+    found = script.run_all(tmp_path, [Emulated(core) for core in script.CORES])
+    cores = {backend: {run.core for run in found if run.backend == backend} for backend in script.ENGINES}
+    both = {"cortex-a76", "cortex-a72"}
+    assert cores == {"mlc": {"cortex-a76"}, "llamacpp": both, "onnx": both}
+    assert len(found) == 3 * (1 + 2 + 2)
+
+
+def test_the_first_core_has_what_the_target_has(script: Any) -> None:
+    assert script.CORES[0].dotprod == ("dotprod" in target.load(script.TARGET).cpu.isa)
+    assert target.load(script.TARGET).mlc.mcpu == script.CORES[0].name
