@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,10 @@ def _looking(name: str, look: Callable[[Any], None]) -> Any:
 
 
 def _bytes(function: Any) -> int:
-    """Bytes that a kernel reads and writes for one token: each argument once, but no more than its loops reach."""
+    """Bytes that a kernel reads and writes for one token: each argument once, but no more than its loops reach.
+
+    A kernel that came with its schedule has loops inside loops, and reaches all of its arguments.
+    """
     loops: list[int] = []
 
     def visit(node: Any) -> None:
@@ -131,7 +135,8 @@ def _bytes(function: Any) -> int:
             loops.append(math.prod(_size(each.dom.extent) for each in node.block.iter_vars))
 
     tirx.stmt_functor.post_order_visit(function.body, visit)
-    steps = max(loops, default=0)
+    own = function.attrs.get(schedules.SCHEDULED, 0)
+    steps = sys.maxsize if own else max(loops, default=0)
     buffers = [each.ty for each in function.params if hasattr(each.ty, "shape")]
     reached = ((min(math.prod(map(_size, each.shape)), steps), tvm.DataType(str(each.dtype)).bits) for each in buffers)
     return sum(count * bits // 8 for count, bits in reached)
