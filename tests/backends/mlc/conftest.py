@@ -41,7 +41,7 @@ def here() -> target.Target:
 def packed(tiny: Build, here: target.Target, tmp_path_factory: pytest.TempPathFactory) -> Build:
     """Folder of a tiny checkpoint's library and weights: packed("3", "w4g32-e8-rtn", tied=False). Do not change it.
 
-    Beside it, with the suffix .json, is what `build` returned.
+    Within it is the model's text-only config.json; beside it, with the suffix .json, what `build` returned.
     """
     root = tmp_path_factory.getbasetemp()
     root = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "mlc"
@@ -56,6 +56,7 @@ def packed(tiny: Build, here: target.Target, tmp_path_factory: pytest.TempPathFa
                 out.mkdir(exist_ok=True)
                 checkpoint = Checkpoint.open(tiny(generation, **options))
                 made = mlc.build(Job(checkpoint, recipe.parse(name), here, checkpoint.model.context, quiet), out)
+                (out / "config.json").write_bytes(msgspec.json.encode(checkpoint.model.config()))
                 out.with_suffix(".json").write_bytes(msgspec.json.encode(made))
         return out
 

@@ -1,0 +1,257 @@
+"""Logits of compiled models against those of transformers over the very weights that the recipe makes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from checkpoints import Build, quiet
+from edgeq import bundle, recipe, size, transformer
+from edgeq.backends.base import Job
+from edgeq.backends.mlc import official, tensor_cache
+from edgeq.checkpoint import Checkpoint
+from edgeq.errors import BackendFault, UsageFault
+from edgeq.quantize.solve import rounded
+from edgeq.target import Target
+
+Logits = NDArray[np.float32]
+Open = Callable[..., Any]
+IDS = [(7 * n + 3) % 251 for n in range(300)]
+STEPS = 6
+EXACT = 1e-4
+
+
+class Variant(NamedTuple):
+    """A tiny checkpoint and a recipe."""
+
+    generation: str
+    recipe: str
+    options: dict[str, Any]
+
+    @property
+    def near(self) -> float:
+        """Largest difference of a logit: sums are taken in another order, and with kv16 activations are float16."""
+        return HALF if self.recipe.endswith("-kv16") else EXACT
+
+
+HALF = 2e-2
+QUICK = [
+    Variant("2.5", "w4g32-e4-rtn", {"tied": False}),
+    Variant("3", "f32", {}),
+    Variant("3", "w4g32-e8-rtn-kv16", {}),
+    Variant("3.5", "w4g32-e4-rtn", {"multimodal": True}),
+]
+SLOW = [
+    Variant("2.5", "f32", {}),
+    Variant("2.5", "bf16", {"tied": False}),
+    Variant("2.5", "w4g32-e8-rtn", {}),
+    Variant("2.5", "w8g32-e8-rtn", {"tied": False}),
+    Variant("2.5", "w4g64-e4-rtn", {}),
+    Variant("2.5", "w4g32-e8-rtn-kv16", {}),
+    Variant("3", "w16", {"dtype": "f16"}),
+    Variant("3", "w4g32-e8-rtn", {"tied": False}),
+    Variant("3", "w8g32-e8-rtn", {}),
+    Variant("3", "w4g64-e4-rtn", {"tied": False}),
+    Variant("3.5", "f32", {"tied": False}),
+    Variant("3.5", "bf16", {}),
+    Variant("3.5", "w4g32-e8-rtn", {}),
+    Variant("3.5", "w8g32-e8-rtn", {"tied": False}),
+    Variant("3.5", "w4g64-e4-rtn", {}),
+    Variant("3.5", "w4g32-e8-rtn-kv16", {}),
+    Variant("3.5", "f16-kv16", {}),
+]
+
+
+@pytest.fixture(
+    scope="session",
+    params=[*QUICK, *(pytest.param(each, marks=pytest.mark.slow) for each in SLOW)],
+    ids=lambda each: "-".join([each.generation, each.recipe, *each.options]),
+)
+def variant(request: pytest.FixtureRequest) -> Variant:
+    found: Variant = request.param
+    return found
+
+
+@pytest.fixture
+def opened(packed: Build) -> Iterator[Open]:
+    """Session of a variant's library on the CPU, over its weights or those of another folder."""
+    sessions: list[Any] = []
+
+    def make(variant: Variant, folder: Path | None = None, context: int = 512) -> Any:
+        import tvm
+
+        from edgeq.backends.mlc import library
+        from edgeq.backends.mlc.session import MlcSession
+
+        built = packed(variant.generation, variant.recipe, **variant.options)
+        config = json.loads((built / "config.json").read_text())
+        described = cast(bundle.Bundle, SimpleNamespace(context=context, config=config))
+        module = tvm.runtime.load_module(str(library.find(built)))
+        sessions.append(MlcSession(module, tvm.cpu(), folder or built, described))
+        return sessions[-1]
+
+    yield make
+    for session in sessions:
+        session.close()
+
+
+@pytest.fixture(scope="session")
+def reference(tiny: Build) -> Callable[..., Logits]:
+    """Float32 logits of transformers for IDS and more, its matrices replaced by what the variant's recipe makes."""
+
+    @cache
+    def model(folder: Path, name: str, also: tuple[str, ...]) -> Any:
+        import torch
+
+        checkpoint = Checkpoint.open(folder)
+        found = transformer.instantiate(checkpoint, lambda _: True)
+        for each in checkpoint.model.tensors():
+            if size.is_quantized(each) or each.endswith(also):
+                values = rounded(checkpoint, recipe.parse(name), each)
+                found.get_parameter(each).data = torch.from_numpy(values)
+        return found
+
+    def logits(variant: Variant, ids: list[int], also: tuple[str, ...] = ()) -> Logits:
+        import torch
+
+        with torch.inference_mode():
+            made = model(tiny(variant.generation, **variant.options), variant.recipe, also)
+            found: Logits = made(input_ids=torch.tensor([ids])).logits[0].numpy()
+        return found
+
+    return logits
+
+
+def generated(session: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[tuple[int, Logits]]]:
+    """Tokens that follow IDS, and for each run of the model its number of tokens and its last logits."""
+    seen: list[tuple[int, Logits]] = []
+    run = session._run
+
+    def watched(function: Any, ids: list[int], *positions: Any) -> Logits:
+        logits: Logits = run(function, ids, *positions)
+        seen.append((len(ids), logits[-1]))
+        return logits
+
+    monkeypatch.setattr(session, "_run", watched)
+    return list(session.generate(IDS, STEPS)), seen
+
+
+def test_logits_are_those_of_transformers(opened: Open, reference: Callable[..., Logits], variant: Variant) -> None:
+    """In ten chunks, whose states and cache the next one needs."""
+    found = opened(variant).logits(IDS)
+    assert (found.shape, found.dtype) == ((len(IDS), 288), np.float32)
+    np.testing.assert_allclose(found, reference(variant, IDS), rtol=0, atol=variant.near)
+
+
+def test_prompts_in_chunks_and_decoded_tokens_have_the_logits_of_transformers(
+    opened: Open, reference: Callable[..., Logits], variant: Variant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, runs = generated(opened(variant), monkeypatch)
+    assert [length for length, _ in runs] == [256, 44, *[1] * (STEPS - 1)]
+    wanted = reference(variant, IDS + tokens)
+    ends = np.cumsum([length for length, _ in runs]) - 1
+    found = np.stack([logits for _, logits in runs])
+    np.testing.assert_allclose(found, wanted[ends], rtol=0, atol=variant.near)
+    assert tokens == found[1:].argmax(axis=1).tolist()
+
+
+def test_nothing_of_one_call_is_left_in_the_next(opened: Open, variant: Variant) -> None:
+    session = opened(variant)
+    first = session.logits(IDS[:40])
+    tokens = list(session.generate(IDS[:40], 4))
+    session.logits(IDS)
+    np.testing.assert_array_equal(session.logits(IDS[:40]), first)
+    unfinished = session.generate(IDS[50:90], 4)
+    next(unfinished)
+    assert list(session.generate(IDS[:40], 4)) == tokens
+
+
+def test_two_sessions_in_one_process_keep_their_own_weights(
+    opened: Open, tiny: Build, packed: Build, here: Target, tmp_path: Path
+) -> None:
+    other, variant = tiny("3", seed=1), QUICK[1]
+    written(other, variant, packed, here, tmp_path)
+    first = opened(variant)
+    wanted = first.logits(IDS[:20])
+    second = opened(variant, tmp_path)
+    assert np.abs(second.logits(IDS[:20]) - wanted).max() > 0.01
+    np.testing.assert_array_equal(first.logits(IDS[:20]), wanted)
+    first.close()
+    second.close()
+    np.testing.assert_array_equal(opened(variant).logits(IDS[:20]), wanted)
+
+
+def test_more_tokens_than_the_context_are_refused_with_the_number(opened: Open) -> None:
+    session = opened(QUICK[1], context=64)
+    assert len(session.logits(IDS[:64])) == 64
+    assert len(list(session.generate(IDS[:60], 4))) == 4
+    for call in (lambda: session.logits(IDS[:65]), lambda: next(session.generate(IDS[:60], 5))):
+        with pytest.raises(UsageFault, match="65 tokens do not fit the bundle's context of 64"):
+            call()
+
+
+@pytest.mark.parametrize("other", [QUICK[0], QUICK[2]], ids=["of another model", "of another type"])
+def test_weights_of_another_library_are_refused(opened: Open, packed: Build, other: Variant) -> None:
+    folder = packed(other.generation, other.recipe, **other.options)
+    with pytest.raises(BackendFault, match="do not belong together") as raised:
+        opened(QUICK[1], folder)
+    assert raised.value.run == "edgeq build ... again"
+
+
+def test_a_type_that_differs_is_named(opened: Open, packed: Build, tmp_path: Path) -> None:
+    """Same names and shapes: float16 scales would be read as float32."""
+    folder = packed(QUICK[2].generation, QUICK[2].recipe, **QUICK[2].options)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    index = json.loads((tmp_path / tensor_cache.INDEX).read_text())
+    record = next(each for each in index["records"][0]["records"] if each["name"] == "model.embed_tokens.q_scale")
+    record["dtype"] = "float32"
+    (tmp_path / tensor_cache.INDEX).write_text(json.dumps(index))
+    with pytest.raises(BackendFault, match="do not belong together") as raised:
+        opened(QUICK[2], tmp_path)
+    assert "model.embed_tokens.q_scale as float16 [288, 2], the weights have float32" in raised.value.why
+
+
+def test_placement_counts_every_layer_the_output_and_all_weights(opened: Open, packed: Build) -> None:
+    variant = QUICK[3]
+    (place,) = opened(variant).placement
+    held = tensor_cache.records(packed(variant.generation, variant.recipe, **variant.options))
+    assert (place.provider, place.device, place.layers, place.software) == ("cpu", "CPU", 5, False)
+    assert place.bytes == sum(each["nbytes"] for each in held.values())
+
+
+@pytest.mark.parametrize("index", [0, 1, 3], ids=[each.generation for each in (QUICK[0], QUICK[1], QUICK[3])])
+def test_weights_of_the_official_compiler_give_the_same_logits(
+    opened: Open, reference: Callable[..., Logits], tiny: Build, here: Target, tmp_path: Path, index: int
+) -> None:
+    """It quantizes Qwen3.5's two small matrices too, so that the reference has to."""
+    variant = QUICK[index]
+    checkpoint = Checkpoint.open(tiny(variant.generation, **variant.options))
+    job = Job(checkpoint, recipe.parse(variant.recipe), here, 512, quiet)
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    for folder in (theirs, ours):
+        folder.mkdir()
+    official.write(job, official.parameters(checkpoint.model, official.quantization(job.recipe)), theirs)
+    official.for_built_in(theirs, checkpoint.model, ours)
+    small = () if job.recipe.body.is_float else ("in_proj_a.weight", "in_proj_b.weight")
+    found = opened(variant, ours).logits(IDS)
+    np.testing.assert_allclose(found, reference(variant, IDS, small), rtol=0, atol=EXACT)
+    if variant.generation != "3.5":
+        np.testing.assert_array_equal(found, opened(variant).logits(IDS))
+
+
+def written(checkpoint: Path, variant: Variant, packed: Build, here: Target, out: Path) -> None:
+    """Weights of a checkpoint for the library of a variant of the same shapes."""
+    from edgeq.backends.mlc import weights
+
+    job = Job(Checkpoint.open(checkpoint), recipe.parse(variant.recipe), here, 512, quiet)
+    held = tensor_cache.records(packed(variant.generation, variant.recipe, **variant.options))
+    weights.write(job, {name: (tuple(each["shape"]), each["dtype"]) for name, each in held.items()}, out)
