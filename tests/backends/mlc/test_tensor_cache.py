@@ -88,10 +88,15 @@ def test_tvm_reads_every_tensor_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_an_error_leaves_no_index(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="half way"), tensor_cache.Writer(tmp_path) as cache:
-        cache.add("a", np.zeros(33 * MB, np.uint8))
-        cache.add("b", np.zeros(1, np.uint8))
-        raise RuntimeError("half way")
+    def stop_half_way() -> None:
+        with tensor_cache.Writer(tmp_path) as cache:
+            cache.add("a", np.zeros(33 * MB, np.uint8))
+            cache.add("b", np.zeros(1, np.uint8))
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        stop_half_way()
+    assert (tmp_path / "params_shard_0.bin").exists()
     assert not (tmp_path / tensor_cache.INDEX).exists()
     with pytest.raises(CorruptInput, match=tensor_cache.INDEX):
         tensor_cache.records(tmp_path)
