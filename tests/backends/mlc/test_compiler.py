@@ -11,12 +11,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from checkpoints import Build
+from checkpoints import Build, config_of
 from edgeq import bundle, catalog, recipe, size, target
 from edgeq.backends.mlc import tensor_cache
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import BackendFault, CorruptInput
-from edgeq.model import Model
+from edgeq.model import Model, read_config
 from edgeq.recipe import Recipe
 from edgeq.target import Target
 
@@ -250,23 +250,11 @@ def test_a_report_is_read_as_it_was_written_and_a_damaged_one_is_corrupt(here: T
 
 
 def test_a_kernel_that_no_rule_takes_is_a_fault_on_a_gpu(here: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    import tvm
-    from tvm.script import tirx as T
+    from edgeq.backends.mlc import compiler, devices, schedules
 
-    from edgeq.backends.mlc import devices, schedules
-
-    @T.prim_func(s_tir=True)
-    def copy(x: T.Buffer((4,), "float32"), y: T.Buffer((4,), "float32")) -> None:
-        for i in range(4):
-            with T.sblock("copy"):
-                at = T.axis.spatial(4, i)
-                y[at] = x[at]
-
-    device = devices.tvm_target(target.load("jetson"))
-    taken: dict[str, str] = {}
-    with device:
-        schedules.apply(device, taken)(tvm.IRModule({"copy": copy}))
-    assert taken == {"copy": "Fallback"}
     monkeypatch.setattr(schedules, "_tries", lambda *_: iter(()))
-    with device, pytest.raises(BackendFault, match="no schedule rule takes the kernel copy"):
-        schedules.apply(device, {})(tvm.IRModule({"copy": copy}))
+    model = read_config(config_of("3"))
+    how = compiler.precision(recipe.parse("w4g32-e8-rtn"), "bfloat16")
+    with pytest.raises(BackendFault, match="TVM cannot compile") as raised:
+        compiler.compile_model(model, how, devices.tvm_target(target.load("jetson")), 256)
+    assert "no schedule rule takes the kernel" in raised.value.why

@@ -27,7 +27,7 @@ MIRRORED_WORDS = [0x4886670E, 0x98123456, 0x770DDCBA, 0xE0C2C2A4]
 
 def round_as_mlc(weights: NDArray[np.float32], dtype: type) -> tuple[NDArray[np.uint8], NDArray[Any]]:
     """Codes and scales of MLC's plain rounding to 4 bits in groups of 32, scales in the model's type."""
-    grouped = weights.reshape(len(weights), -1, 32).astype(dtype)
+    grouped: NDArray[Any] = weights.reshape(len(weights), -1, 32).astype(dtype)
     scales = (np.abs(grouped).max(axis=2) / dtype(7)).astype(dtype)
     codes = np.clip(np.rint(grouped / scales[:, :, None] + dtype(7)), 0, 14)
     return codes.astype(np.uint8).reshape(weights.shape), scales
@@ -59,7 +59,7 @@ def test_words_and_scales_are_those_of_mlcs_own_rounding() -> None:
     words, scales = packing.pack(solution_of(*round_as_mlc(weights, np.float32)))
     assert words.tolist() == [FIRST_WORDS + MIRRORED_WORDS, MIRRORED_WORDS + FIRST_WORDS]
     assert scales.tolist() == [[1.0, 0.25], [2.0, 1.0]]
-    assert (words.dtype, scales.dtype) == (np.uint32, np.float32)
+    assert (words.dtype.name, scales.dtype.name) == ("uint32", "float32")
 
 
 def test_float16_scales_are_those_of_mlcs_own_rounding() -> None:

@@ -118,11 +118,13 @@ def stored(folder: Path, stem: str) -> Floats:
         scales = tensor_cache.read(folder, held[f"{stem}.q_scale"]).astype(np.float32)
         bits = words.shape[1] // scales.shape[1]  # in groups of 32
         codes = (words[:, :, None] >> np.arange(0, 32, bits, dtype=np.uint32) & (2**bits - 1)).reshape(len(words), -1)
-        return (codes.astype(np.float32) - (2 ** (bits - 1) - 1)) * np.repeat(scales, 32, axis=1)
+        found: NDArray[np.float32] = (codes.astype(np.float32) - (2 ** (bits - 1) - 1)) * np.repeat(scales, 32, axis=1)
+        return found
     values = tensor_cache.read(folder, held[stem if stem in held else f"{stem}.weight"])
     if values.dtype == np.uint32:
-        return values.view(ml_dtypes.bfloat16).astype(np.float32)
-    return values.astype(np.float32)
+        values = values.view(ml_dtypes.bfloat16)
+    floats: NDArray[np.float32] = values.astype(np.float32)
+    return floats
 
 
 def write(folder: Path, name: str, here: Target, out: Path, parameters: Parameters) -> Checkpoint:

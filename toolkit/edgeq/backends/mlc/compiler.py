@@ -16,6 +16,7 @@ from edgeq.backends.mlc.decoder import Decoder
 from edgeq.backends.mlc.layers import Precision
 from edgeq.backends.mlc.report import Kernel
 from edgeq.bundle import MemoryPlan
+from edgeq.errors import BackendFault
 from edgeq.model import Model
 from edgeq.recipe import Recipe
 
@@ -49,7 +50,7 @@ def precision(recipe: Recipe, own: str) -> Precision:
 
 
 def compile_model(model: Model, how: Precision, target: Any, context: int) -> Compiled:
-    """Executable for a `tvm.target.Target` whose host is set; raises what TVM raises."""
+    """Executable for a `tvm.target.Target` whose host is set; raises BackendFault with TVM's words when it fails."""
     from tvm import relax
     from tvm import transform as passes
 
@@ -99,8 +100,13 @@ def compile_model(model: Model, how: Precision, target: Any, context: int) -> Co
             relax.transform.AttachGlobalSymbol(),
         ]
     )
-    with target, passes.PassContext(opt_level=3):
-        executable = relax.build(module, target=target, relax_pipeline=pipeline)
+    try:
+        with target, passes.PassContext(opt_level=3):
+            executable = relax.build(module, target=target, relax_pipeline=pipeline)
+    except Exception as error:  # TVM raises errors of every kind, and edgeq's own come back from it as RuntimeError
+        raise BackendFault(
+            f"TVM cannot compile {model.model_type} for {target.kind.name}", why=str(error).strip().rpartition("\n")[2]
+        ) from error
     calls = {name: found["calls"].get(name, 0) for name in sorted(taken)}
     kernels = tuple(Kernel(name, taken[name], times, times * found["bytes"][name]) for name, times in calls.items())
     memory = MemoryPlan(
