@@ -20,7 +20,7 @@ from edgeq.errors import MissingTool
 from edgeq.machine import this_machine
 
 FIGURES = {"kernels": 45.0, "library_bytes": 883712.0, "build_s": 12.5, "fallback_share": 0.0049}
-AGREES = {"logit_difference": 5e-5, "kl_rounding": 4e-13, "decoding_shortfall": 0.0}
+AGREES = {"cpu_logit_difference": 5e-5, "cpu_kl_rounding": 4e-13, "cpu_decoding_shortfall": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +72,9 @@ def test_each_recipe_is_run_for_each_generation(script: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"logit_difference": 2e-4}, "logit_difference 2.0e-04, limit 1e-04"),
-        ({"logit_difference": float("nan")}, "logit_difference nan, limit 1e-04"),
-        ({"decoding_shortfall": 0.5}, "decoding_shortfall 5.0e-01, limit 1e-04"),
+        ({"cpu_logit_difference": 2e-4}, "cpu_logit_difference 2.0e-04, limit 1e-04"),
+        ({"cpu_logit_difference": float("nan")}, "cpu_logit_difference nan, limit 1e-04"),
+        ({"cpu_decoding_shortfall": 0.5}, "cpu_decoding_shortfall 5.0e-01, limit 1e-04"),
     ],
 )
 def test_arithmetic_that_is_not_float32s_is_a_fault(script: Any, changes: dict[str, float], fault: str) -> None:
@@ -83,7 +83,7 @@ def test_arithmetic_that_is_not_float32s_is_a_fault(script: Any, changes: dict[s
 
 
 def test_float16_may_differ_by_more_and_what_did_not_run_by_nothing(script: Any) -> None:
-    assert script.faults(script.FLOAT16, FIGURES | AGREES | {"logit_difference": 0.02}) == []
+    assert script.faults(script.FLOAT16, FIGURES | AGREES | {"cpu_logit_difference": 0.02}) == []
     assert script.faults(script.FLOAT16, FIGURES) == []
 
 
@@ -114,10 +114,10 @@ def test_all_cases_are_printed_and_recorded_only_when_none_failed(
     monkeypatch.setattr(mlc, "tools", lambda _: ())
     monkeypatch.setattr(script.importlib.metadata, "version", lambda _: "1.0")
     monkeypatch.setattr(script, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
-    monkeypatch.setattr(script, "prove", lambda case: proof(script, case, logit_difference=differs))
+    monkeypatch.setattr(script, "prove", lambda case: proof(script, case, cpu_logit_difference=differs))
     saved = tmp_path / "edgeq"
     if differs > 1e-4:
-        with pytest.raises(SystemExit, match=r"x86-avx2, Qwen3: logit_difference 5\.0e-03, limit 1e-04"):
+        with pytest.raises(SystemExit, match=r"x86-avx2, Qwen3: cpu_logit_difference 5\.0e-03, limit 1e-04"):
             script.main()
         assert not saved.exists()
     else:
