@@ -72,8 +72,8 @@ def test_each_recipe_is_run_for_each_generation(script: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"cpu_logit_difference": 2e-4}, "cpu_logit_difference 2.0e-04, limit 1e-04"),
-        ({"cpu_logit_difference": float("nan")}, "cpu_logit_difference nan, limit 1e-04"),
+        ({"cpu_logit_difference": 6e-4}, "cpu_logit_difference 6.0e-04, limit 3e-04"),
+        ({"cpu_logit_difference": float("nan")}, "cpu_logit_difference nan, limit 3e-04"),
         ({"cpu_decoding_shortfall": 0.5}, "cpu_decoding_shortfall 5.0e-01, limit 1e-04"),
     ],
 )
@@ -117,7 +117,7 @@ def test_all_cases_are_printed_and_recorded_only_when_none_failed(
     monkeypatch.setattr(script, "prove", lambda case: proof(script, case, cpu_logit_difference=differs))
     saved = tmp_path / "edgeq"
     if differs > 1e-4:
-        with pytest.raises(SystemExit, match=r"x86-avx2, Qwen3: cpu_logit_difference 5\.0e-03, limit 1e-04"):
+        with pytest.raises(SystemExit, match=r"x86-avx2, Qwen3: cpu_logit_difference 5\.0e-03, limit 3e-04"):
             script.main()
         assert not saved.exists()
     else:
