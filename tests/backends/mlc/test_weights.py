@@ -30,11 +30,11 @@ GATED = {**QWEN3, "self_attn.q_gate_proj": (128, 64)}
 DELTA_NET = {
     "linear_attn.in_proj_qkv": (256, 64),
     "linear_attn.in_proj_z": (128, 64),
-    "linear_attn.in_proj_ba": (8, 64),
-    "linear_attn.conv1d": (256, 4),
+    "linear_attn.in_proj_ba.weight": (8, 64),
+    "linear_attn.conv1d.weight": (256, 4),
     "linear_attn.A_log": (4,),
     "linear_attn.dt_bias": (4,),
-    "linear_attn.norm": (32,),
+    "linear_attn.norm.weight": (32,),
     "linear_attn.out_proj": (64, 128),
 }
 LAYERS: dict[str, list[dict[str, tuple[int, ...]]]] = {
@@ -105,9 +105,10 @@ def expected(checkpoint: Checkpoint, name: str, stem: str) -> Floats:
             parts[0] = np.concatenate([parts[0][2 * HEAD * h : 2 * HEAD * h + HEAD] for h in range(HEADS)])
         return np.concatenate(parts)
     values = one(next(each for each in (stem, f"{stem}.weight") if each in tensors))
-    if last == "conv1d":
+    if stem.endswith("conv1d.weight"):
         return values[:, 0]
-    return values + np.float32(1) if checkpoint.model.generation == "3.5" and stem.endswith("norm.weight") else values
+    around_zero = checkpoint.model.generation == "3.5" and stem.endswith("norm.weight") and "linear_attn" not in stem
+    return values + np.float32(1) if around_zero else values
 
 
 def stored(folder: Path, stem: str) -> Floats:

@@ -72,12 +72,19 @@ class Linear(nn.Module):
         return None if self.bits == _BFLOAT16_BITS else self.q_scale
 
 
-class Norm(nn.Module):
-    """Root mean square norm with a float32 weight."""
+class Float32(nn.Module):
+    """A weight that no recipe touches."""
+
+    def __init__(self, *shape: int) -> None:
+        self.weight = nn.Parameter(shape, "float32")
+
+
+class Norm(Float32):
+    """Root mean square norm."""
 
     def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__(size)
         self.epsilon = epsilon
-        self.weight = nn.Parameter((size,), "float32")
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm over the last axis."""

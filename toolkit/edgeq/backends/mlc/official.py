@@ -339,11 +339,9 @@ def for_built_in(folder: Path, model: Model, out: Path) -> None:
             elif stem.endswith(("in_proj_a", "in_proj_b")):
                 if name.endswith(("in_proj_b.weight", "in_proj_b.q_weight")):
                     parts = [_dequantized(folder, held, stem.removesuffix("b") + each) for each in "ba"]
-                    cache.add(f"{stem.removesuffix('b')}ba", np.concatenate(parts))
+                    cache.add(f"{stem.removesuffix('b')}ba.weight", np.concatenate(parts))
             elif last == "conv1d_weight":
-                cache.add(f"{stem}.conv1d", values.squeeze(1).astype(np.float32))
-            elif stem.endswith("linear_attn.norm"):
-                cache.add(stem, values.astype(np.float32))
+                cache.add(f"{stem}.conv1d.weight", values.squeeze(1).astype(np.float32))
             else:
                 cache.add(name, values.astype(np.float32) if stem.endswith("norm") else values)
 

@@ -27,9 +27,7 @@ _JOINED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "q_gate_proj": ("q_proj",),
     "gate_up_proj": ("gate_proj", "up_proj"),
-    "in_proj_ba": ("in_proj_b.weight", "in_proj_a.weight"),
-    "conv1d": ("conv1d.weight",),
-    "linear_attn.norm": ("linear_attn.norm.weight",),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
 Part = tuple[str, slice | NDArray[np.intp]]
 
@@ -39,60 +37,53 @@ def write(job: Job, parameters: Mapping[str, tuple[tuple[int, ...], str]], out: 
 
     Raises BackendFault when a parameter comes out in another shape than the library wants, and what `solve` raises.
     """
-    stems = list(dict.fromkeys(_stem(name) for name in parameters))
+    names = list(dict.fromkeys(map(_as_stored, parameters)))
     with tensor_cache.Writer(out) as cache:
-        for done, stem in enumerate(stems):
-            job.progress("weights", done, len(stems))
-            for name, values in _tensors(job.checkpoint, job.recipe, stem).items():
+        for done, stored in enumerate(names):
+            job.progress("weights", done, len(names))
+            for name, values in _tensors(job.checkpoint, job.recipe, stored).items():
                 shape, dtype = parameters[name]
                 if values.shape != shape:
                     raise BackendFault(f"{name} has shape {list(values.shape)}, the library wants {list(shape)}")
                 cache.add(name, values.astype(dtype, copy=False))
-        job.progress("weights", len(stems), len(stems))
+        job.progress("weights", len(names), len(names))
 
 
-def parts(model: Model, stem: str) -> list[Part]:
-    """Checkpoint tensors, and the rows of each, that make up the parameter of that name without its last word."""
-    before, _, last = stem.rpartition(".")
-    joined = next((names for key, names in _JOINED.items() if f".{stem}".endswith(f".{key}")), (last,))
-    if stem.endswith("linear_attn.norm"):
-        before = before.removesuffix(".linear_attn")
+def parts(model: Model, name: str) -> list[Part]:
+    """Checkpoint tensors, and the rows of each, that make up the parameter of that name; `weight` is any layout."""
+    module, _, kind = name.rpartition(".")
+    before, _, last = module.rpartition(".")
     found: list[Part] = []
-    for name in joined:
-        full = f"{before}.{name}" if before else name
+    for source in _JOINED.get(last, (last,)):
         rows: slice | NDArray[np.intp] = slice(None)
-        if name == "q_proj" and model.generation == "3.5":  # rows of each head: queries, then their gates
+        if source == "q_proj" and model.generation == "3.5":  # rows of each head: queries, then their gates
             both = np.arange(2 * model.heads * model.head_dim).reshape(model.heads, 2, model.head_dim)
             rows = both[:, int(last == "q_gate_proj")].ravel()
-        found.append((full, rows))
+        found.append((".".join(filter(None, (before, source, kind))), rows))
     return found
 
 
-def _stem(name: str) -> str:
-    """Name of a parameter without what its layout adds."""
-    for ending in (".q_weight", ".q_scale"):
-        name = name.removesuffix(ending)
-    return name
+def _as_stored(name: str) -> str:
+    """Name of a parameter as if it were a float's."""
+    return name.replace(".q_weight", ".weight").replace(".q_scale", ".weight")
 
 
 def _tensors(checkpoint: Checkpoint, recipe: Recipe, name: str) -> dict[str, NDArray[Any]]:
     """Parameters that one name stands for: words and scales, or the values themselves."""
-    model, tensors = checkpoint.model, checkpoint.model.tensors()
-    bare = name.removesuffix(".weight").removesuffix(".bias")
-    ending = name[len(bare) :]
-    sources = [(full if full in tensors else full + (ending or ".weight"), rows) for full, rows in parts(model, bare)]
-    if is_quantized(sources[0][0]) and not recipe.body.is_float:
-        solutions = [_rows(solve(checkpoint, recipe, source), rows) for source, rows in sources]
-        packed = [packing.pack(each) for each in solutions]
+    model, sources = checkpoint.model, parts(checkpoint.model, name)
+    quantized = is_quantized(sources[0][0])
+    if quantized and not recipe.body.is_float:
+        packed = [packing.pack(_rows(solve(checkpoint, recipe, source), rows)) for source, rows in sources]
         words, scales = (np.concatenate(each) for each in zip(*packed, strict=True))
-        return {f"{bare}.q_weight": words, f"{bare}.q_scale": scales}
+        module = name.removesuffix(".weight")
+        return {f"{module}.q_weight": words, f"{module}.q_scale": scales}
     values = np.concatenate([checkpoint.tensor(source)[rows] for source, rows in sources])
-    if is_quantized(sources[0][0]):
+    if quantized:
         stored = as_float(checkpoint, recipe, sources[0][0], values)
         return {name: stored.view("<u4") if stored.dtype.name == "bfloat16" else stored}
-    if name.endswith("conv1d"):
+    if name.endswith("conv1d.weight"):
         values = values.squeeze(1)
-    if model.generation == "3.5" and name.endswith("norm.weight"):
+    if model.generation == "3.5" and name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
         values = values + np.float32(1)
     return {name: values}
 

@@ -15,7 +15,7 @@ from tvm.relax.frontend.nn import Tensor, op
 from edgeq.backends.mlc import operators
 from edgeq.backends.mlc.decoder import Decoder
 from edgeq.backends.mlc.delta import delta_rule
-from edgeq.backends.mlc.layers import Layer, Linear, Precision
+from edgeq.backends.mlc.layers import Float32, Layer, Linear, Precision
 from edgeq.backends.mlc.models import qwen3
 from edgeq.model import LinearAttention, Model
 
@@ -40,11 +40,11 @@ class DeltaNet(nn.Module):
         values = shape.value_heads * shape.value_head_dim
         self.in_proj_qkv = Linear(precision, model.hidden, shape.conv_channels)
         self.in_proj_z = Linear(precision, model.hidden, values)
-        self.in_proj_ba = nn.Parameter((2 * shape.value_heads, model.hidden), "float32")
-        self.conv1d = nn.Parameter((shape.conv_channels, shape.conv_kernel), "float32")
+        self.in_proj_ba = Float32(2 * shape.value_heads, model.hidden)
+        self.conv1d = Float32(shape.conv_channels, shape.conv_kernel)
         self.A_log = nn.Parameter((shape.value_heads,), "float32")
         self.dt_bias = nn.Parameter((shape.value_heads,), "float32")
-        self.norm = nn.Parameter((shape.value_head_dim,), "float32")
+        self.norm = Float32(shape.value_head_dim)
         self.out_proj = Linear(precision, values, model.hidden)
 
     def forward(self, x: Tensor, kv: Any, states: list[Tensor]) -> Tensor:  # noqa: ARG002
@@ -53,17 +53,17 @@ class DeltaNet(nn.Module):
         shape = self.shape
         keys, key_shape = shape.key_heads * shape.key_head_dim, (batch, n, shape.key_heads, shape.key_head_dim)
         value_shape = (batch, n, shape.value_heads, shape.value_head_dim)
-        mixed, convolution = operators.causal_convolution(self.in_proj_qkv(x), states[self.slot], self.conv1d)
+        mixed, convolution = operators.causal_convolution(self.in_proj_qkv(x), states[self.slot], self.conv1d.weight)
         q, k, v = op.split(mixed, [keys, 2 * keys], axis=-1)
         q = operators.l2_norm(op.reshape(q, key_shape), shape.key_head_dim**-0.5)
         k = operators.l2_norm(op.reshape(k, key_shape), 1.0)
         v = op.astype(op.reshape(v, value_shape), "float32")
-        ba = operators.float_matmul(x, self.in_proj_ba, "float32")
+        ba = operators.float_matmul(x, self.in_proj_ba.weight, "float32")
         decay, beta = operators.decay_and_beta(ba, self.A_log, self.dt_bias)
         y, memory = delta_rule(q, k, v, decay, beta, states[self.slot + 1])
         states[self.slot : self.slot + 2] = [convolution, memory]
         z = op.reshape(self.in_proj_z(x), value_shape)
-        y = operators.gated_rms_norm(y, self.norm, z, self.epsilon)
+        y = operators.gated_rms_norm(y, self.norm.weight, z, self.epsilon)
         return self.out_proj(op.reshape(y, (batch, n, shape.value_heads * shape.value_head_dim)))
 
 
