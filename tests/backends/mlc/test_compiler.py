@@ -46,11 +46,7 @@ def compiled(model: Model, words: str, device: Target, context: int = 4096) -> A
 
 @pytest.fixture(
     scope="session",
-    params=[
-        "qwen3-0.6b",
-        pytest.param("qwen2.5-0.5b", marks=pytest.mark.slow),
-        pytest.param("qwen3.5-0.8b", marks=pytest.mark.slow),
-    ],
+    params=[pytest.param(name, marks=pytest.mark.slow) for name in ("qwen2.5-0.5b", "qwen3-0.6b", "qwen3.5-0.8b")],
 )
 def jetson(request: pytest.FixtureRequest, here: Target) -> tuple[Model, Any]:
     """The first layers of each generation's smallest model, and what was compiled of it for the Jetson."""
@@ -117,7 +113,7 @@ def test_the_memory_plan_is_what_shapes_predict(jetson: tuple[Model, Any]) -> No
     assert held == pytest.approx(size.weight_bytes(model, recipe.parse(RECIPE), 16), rel=1e-3)
     assert made.memory.kv_cache_bytes_per_token == model.kv_bytes_per_token(2)
     temporary = made.memory.temporary_bytes
-    assert temporary["batch_prefill"] < 256 * 64 * model.hidden
+    assert temporary["batch_prefill"] == pytest.approx(256 * temporary["decode"], rel=0.05)
     assert temporary["create_tir_paged_kv_cache"] == 0
 
 

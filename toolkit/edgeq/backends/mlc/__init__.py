@@ -43,7 +43,7 @@ def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001
 
 def tools(target: Target) -> tuple[str, ...]:
     """Names and versions of what compiles, and of the TVM that runs the gate; raises MissingTool when one is absent."""
-    found = (*_versions(checks.INSTALL), library.linker())
+    found = (*_versions(), library.linker())
     return (*found, official.find().version) if official.is_chosen(target) else found
 
 
@@ -67,7 +67,7 @@ def load(folder: Path, bundle: Bundle) -> Session:
     EDGEQ_KERNEL_CACHE names, or in the user's cache. Raises MissingTool when TVM is absent or another version than the
     one that edgeq is made for.
     """
-    _versions(f"edgeq doctor --target {bundle.target}")
+    _versions()
     os.environ.setdefault("TVM_NUM_THREADS", str(physical_cores()))
     import tvm
 
@@ -88,7 +88,7 @@ def load(folder: Path, bundle: Bundle) -> Session:
         return MlcSession(executable, tvm.cpu(), Path(scratch), bundle)
 
 
-def _versions(run: str) -> tuple[str, ...]:
+def _versions() -> tuple[str, ...]:
     """Names and versions of TVM's packages; raises MissingTool when one is absent or another than edgeq's."""
     found = {name: checks.version(name) for name in ENGINE}
     pins = checks.pinned()
@@ -99,6 +99,6 @@ def _versions(run: str) -> tuple[str, ...]:
             raise MissingTool(
                 f"{name} {version} is installed, edgeq needs {pins[name]}",
                 why="Libraries and TVM's own interface change from version to version.",
-                run=run,
+                run=checks.INSTALL,
             )
     return tuple(f"{name} {version}" for name, version in found.items())
