@@ -122,3 +122,20 @@ def test_damaged_and_missing_shards_are_corrupt_input_with_their_names(tmp_path:
     shard.unlink()
     with pytest.raises(CorruptInput, match=r"params_shard_0\.bin: missing"):
         tensor_cache.check(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("dataPath", "../outside.bin"), ("byteOffset", 1 << 40), ("byteOffset", -8), ("shape", [1 << 40]), ("nbytes", 7)],
+)
+def test_a_tensor_that_is_not_in_its_file_is_corrupt_input(tmp_path: Path, key: str, value: Any) -> None:
+    folder = tmp_path / "bundle"
+    folder.mkdir()
+    written(folder, TENSORS)
+    (tmp_path / "outside.bin").write_bytes(bytes(1 << 20))
+    path = folder / tensor_cache.INDEX
+    index = json.loads(path.read_text())
+    (index["records"][0] if key == "dataPath" else index["records"][0]["records"][0])[key] = value
+    path.write_text(json.dumps(index))
+    with pytest.raises(CorruptInput, match=tensor_cache.INDEX):
+        tensor_cache.records(folder)

@@ -89,18 +89,27 @@ class Writer:
 def records(folder: Path) -> dict[str, dict[str, Any]]:
     """Record of each tensor by its name: shape, dtype, nbytes, byteOffset in the file dataPath.
 
-    Raises CorruptInput when the index does not hold.
+    Raises CorruptInput when the index does not hold, or a tensor is not wholly in a file of the folder: TVM's reader
+    does not look.
     """
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        return {
+        found = {
             record["name"]: record | {"dataPath": shard["dataPath"]}
             for shard in index["records"]
             for record in shard["records"]
         }
+        for name, record in found.items():
+            size = math.prod(record["shape"]) * np.dtype(record["dtype"]).itemsize
+            file, end = record["dataPath"], record["byteOffset"] + size
+            if Path(file).name != file or (folder / file).stat().st_size < end or record["byteOffset"] < 0:
+                raise CorruptInput(f"{path}: {name} is not in {file!r}", run="edgeq build ... again")
+            if record["nbytes"] != size:
+                raise CorruptInput(f"{path}: {name} has {record['nbytes']} bytes", why=f"Its shape has {size}.")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptInput(f"{path}: not the index of a tensor cache", why=str(error)) from error
+    return found
 
 
 def read(folder: Path, record: Mapping[str, Any]) -> NDArray[Any]:
