@@ -73,7 +73,7 @@ def build(
     target: Annotated[str, typer.Option("--target", "-t", help="Device, alias, TOML file or host.")] = "",
     recipe: Annotated[str, typer.Option(help="For example w4g32-e8-rtn; auto: the target's best.")] = "auto",
     backend: Annotated[
-        str, typer.Option(help="onnx, llamacpp or null; auto: the target's first that is installed.")
+        str, typer.Option(help="onnx, llamacpp, mlc or null; auto: the target's first that is installed.")
     ] = "auto",
     context: Annotated[str | None, typer.Option("--context", "-c", help="Tokens of context, such as 4k.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the bundle.")] = None,

@@ -177,5 +177,5 @@ def _notes(model: str, shape: Model, target: Target) -> list[str]:
     if shape.has_mtp:
         notes.append("the multi-token-prediction head is left out")
     if why := detect.mismatch(target, this_machine()):
-        notes.append(f"the gate runs the same files on this machine's CPU, which is not {target.name}: {why}")
+        notes.append(f"the gate runs on this machine's CPU, which is not {target.name}: {why}")
     return notes

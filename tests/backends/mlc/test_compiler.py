@@ -15,7 +15,7 @@ from checkpoints import Build, config_of
 from edgeq import bundle, catalog, recipe, size, target
 from edgeq.backends.mlc import tensor_cache
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import BackendFault, CorruptInput
+from edgeq.errors import BackendFault, CorruptInput, UsageFault
 from edgeq.model import Model, read_config
 from edgeq.recipe import Recipe
 from edgeq.target import Target
@@ -234,7 +234,11 @@ def test_a_report_is_read_as_it_was_written_and_a_damaged_one_is_corrupt(here: T
     from edgeq.backends.mlc import report
 
     made = report.Report(
-        compiler=report.BUILT_IN, isa=("avx2",), floats="float32", kernels=(report.Kernel("a", "GEMV", 1, 10),)
+        compiler=report.BUILT_IN,
+        isa=("avx2",),
+        dtype="float32",
+        floats="float32",
+        kernels=(report.Kernel("a", "GEMV", 1, 10),),
     )
     report.write(made, tmp_path)
     assert report.read(tmp_path) == made
@@ -243,6 +247,9 @@ def test_a_report_is_read_as_it_was_written_and_a_damaged_one_is_corrupt(here: T
         (tmp_path / report.FILE).write_text(json.dumps(damaged))
         with pytest.raises(CorruptInput, match=report.FILE):
             report.read(tmp_path)
+    (tmp_path / report.FILE).unlink()
+    with pytest.raises(CorruptInput, match="missing"):
+        report.read(tmp_path)
 
 
 def test_a_kernel_that_no_rule_takes_is_a_fault_on_a_gpu(here: Target, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,3 +261,24 @@ def test_a_kernel_that_no_rule_takes_is_a_fault_on_a_gpu(here: Target, monkeypat
     with pytest.raises(BackendFault, match="TVM cannot compile") as raised:
         compiler.compile_model(model, how, devices.tvm_target(target.load("jetson")), 256)
     assert "no schedule rule takes the kernel" in raised.value.why
+
+
+def test_a_kernel_with_more_threads_than_the_target_allows_is_a_fault(here: Target) -> None:
+    from edgeq.backends.mlc import compiler, devices
+
+    board = target.load("orange-pi-5")
+    small = msgspec.structs.replace(board, mlc=msgspec.structs.replace(board.mlc, max_threads_per_block=8))
+    how = compiler.precision(recipe.parse("w4g32-e8-rtn"), "bfloat16")
+    with pytest.raises(BackendFault, match="TVM cannot compile") as raised:
+        compiler.compile_model(read_config(config_of("3")), how, devices.tvm_target(small), 256)
+    assert "8" in raised.value.why
+    assert "[mlc] table" in raised.value.run
+
+
+def test_a_processor_that_llvm_does_not_know_is_refused(here: Target) -> None:
+    from edgeq.backends.mlc import devices
+
+    board = target.load("raspberry-pi-5-8gb")
+    odd = msgspec.structs.replace(board, mlc=msgspec.structs.replace(board.mlc, mcpu="cortex-a999"))
+    with pytest.raises(UsageFault, match="'cortex-a999' is no processor that LLVM knows for aarch64-linux-gnu"):
+        devices.tvm_target(odd)

@@ -176,7 +176,7 @@ def test_device_without_nvcc_says_so(
     folder = tmp_path / "cache"
     with pytest.raises(MissingTool, match="no nvcc that knows sm_87"), kernels.cache_compiled(folder, arch="sm_87"):
         compiler()("kernel")
-    assert not list(folder.iterdir())
+    assert not folder.exists()
     with pytest.raises(RuntimeError, match="of another kind"), kernels.cache_compiled(folder, arch="sm_87"):
         raise RuntimeError("of another kind")
 
@@ -190,3 +190,11 @@ def test_environment_is_as_before_after_a_build(before: str | None, monkeypatch:
     with kernels.kept_as_source():
         assert os.environ[name] == "1"
     assert os.environ.get(name) == before
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(
+    compiler: Callable[[], Callable[[str], bytes]], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with kernels.cache_compiled(tmp_path / "file" / "cache", lambda source, arch: b"code", arch="sm_87"):
+        assert [bytes(compiler()("kernel")) for _ in range(2)] == [b"code"] * 2

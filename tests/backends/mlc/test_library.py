@@ -205,3 +205,10 @@ def test_library_for_another_machine_is_refused(triple: str, tmp_path: Path) -> 
     with pytest.raises(BackendFault, match=f"model.so is not for {triple}") as raised:
         library.require(path, triple)
     assert raised.value.why == "It is 64-bit ELF for aarch64."
+
+
+def test_a_file_that_is_no_library_is_not_another_machines(tmp_path: Path) -> None:
+    path = tmp_path / "model.so"
+    path.write_text("junk")
+    with pytest.raises(BackendFault, match="is no library"):
+        library.is_for_this_machine(path)

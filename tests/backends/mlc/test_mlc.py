@@ -167,7 +167,7 @@ def test_tools_are_named_with_their_versions(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(importlib.metadata, "version", installed(PINS | {"ziglang": "0.15.1"}))
     monkeypatch.setattr(checks, "pinned", lambda: PINS)
     found = official.Official(Path(sys.executable), "mlc-llm-nightly-cpu 0.20")
-    monkeypatch.setattr(official, "find", lambda: found)
+    monkeypatch.setattr(official, "find", lambda _: found)
     every = ("apache-tvm 0.26.0", "apache-tvm-ffi 0.1.13.post2", "ziglang 0.15.1")
     assert mlc.tools(target.load("jetson")) == every
     monkeypatch.setenv(official.VARIABLE, sys.executable)
@@ -235,7 +235,7 @@ def test_a_bundle_of_the_official_compiler_runs_on_this_cpu(
     job = Job(Checkpoint.open(tiny("3")), recipe.parse("f32"), here, 512, quiet)
     official.write(job, official.parameters(job.checkpoint.model, "q0f32"), folder)
     (folder / "model.so").write_bytes(ELSEWHERE)
-    report = {"compiler": "mlc_llm", "isa": [], "floats": "float32", "kernels": []}
+    report = {"compiler": "mlc_llm", "isa": [], "dtype": "float32", "floats": "float32", "kernels": []}
     (folder / "compiled.json").write_bytes(msgspec.json.encode(report))
     np.testing.assert_array_equal(logits(folder, described(tiny)), logits(packed("3", "f32"), described(tiny)))
     assert compilations == ["float32"]

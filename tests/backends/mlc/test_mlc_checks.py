@@ -29,7 +29,7 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = ["numpy>=1.26", *(f"{name}=={version}; extra == 'tvm'" for name, version in PINS.items())]
     monkeypatch.setattr(importlib.metadata, "requires", lambda _: wanted)
 
-    def absent() -> Official:
+    def absent(_: str) -> Official:
         raise MissingTool("mlc_llm is not installed", run=official.INSTALL)
 
     monkeypatch.setattr(official, "find", absent)
@@ -212,7 +212,7 @@ def test_the_official_compiler_is_optional_and_named(monkeypatch: pytest.MonkeyP
     found = findings(monkeypatch, root, "jetson", ABSENT, here=False)["mlc_llm"]
     assert (found.passed, found.observed) == (None, "mlc_llm is not installed")
     assert official.INSTALL in found.remedy
-    monkeypatch.setattr(official, "find", lambda: Official(Path("mlc/bin/python"), "mlc-llm 1.0"))
+    monkeypatch.setattr(official, "find", lambda _: Official(Path("mlc/bin/python"), "mlc-llm 1.0"))
     found = findings(monkeypatch, root, "jetson", ABSENT, here=False)["mlc_llm"]
     assert (found.passed, found.observed) == (True, "mlc-llm 1.0 in mlc/bin/python")
 

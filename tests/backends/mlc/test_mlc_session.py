@@ -19,7 +19,7 @@ from edgeq import bundle, recipe, size, transformer
 from edgeq.backends.base import Job
 from edgeq.backends.mlc import official, tensor_cache
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import BackendFault, UsageFault
+from edgeq.errors import BackendFault, OutOfMemory, UsageFault
 from edgeq.quantize.solve import rounded
 from edgeq.target import Target
 
@@ -219,16 +219,16 @@ def test_weights_of_another_library_are_refused(opened: Open, packed: Build, oth
 
 
 def test_a_type_that_differs_is_named(opened: Open, packed: Build, tmp_path: Path) -> None:
-    """Same names and shapes: float16 scales would be read as float32."""
+    """Same names and shapes: scales would be read as another type."""
     folder = packed(QUICK[2].generation, QUICK[2].recipe, **QUICK[2].options)
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     index = json.loads((tmp_path / tensor_cache.INDEX).read_text())
     record = next(each for each in index["records"][0]["records"] if each["name"] == "model.embed_tokens.q_scale")
-    record["dtype"] = "float32"
+    record["dtype"] = "uint16"
     (tmp_path / tensor_cache.INDEX).write_text(json.dumps(index))
     with pytest.raises(BackendFault, match="do not belong together") as raised:
         opened(QUICK[2], tmp_path)
-    assert "model.embed_tokens.q_scale as float16 [288, 2], the weights have float32" in raised.value.why
+    assert "model.embed_tokens.q_scale as float16 [288, 2], the weights have uint16" in raised.value.why
 
 
 def test_placement_counts_every_layer_the_output_and_all_weights(opened: Open, packed: Build) -> None:
@@ -266,3 +266,17 @@ def written(checkpoint: Path, variant: Variant, packed: Build, here: Target, out
     job = Job(Checkpoint.open(checkpoint), recipe.parse(variant.recipe), here, 512, quiet)
     held = tensor_cache.records(packed(variant.generation, variant.recipe, **variant.options))
     weights.write(job, {name: (tuple(each["shape"]), each["dtype"]) for name, each in held.items()}, out)
+
+
+def test_a_session_goes_on_after_it_found_no_memory(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = opened(QUICK[1])
+    wanted = session.logits(IDS[:20])
+
+    def full(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "_function", lambda *names: full)
+        with pytest.raises(OutOfMemory, match="no room for a cache of 512 tokens"):
+            session.logits(IDS)
+    np.testing.assert_array_equal(session.logits(IDS[:20]), wanted)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -349,3 +350,23 @@ def raw(folder: Path, name: str) -> Any:
                 data = (folder / shard["dataPath"]).read_bytes()[each["byteOffset"] :][: each["nbytes"]]
                 return np.frombuffer(data, each["dtype"]).reshape(each["shape"])
     raise KeyError(name)
+
+
+@pytest.mark.parametrize("said", ["{}", "[1, 2]", '{"complete": true, "packages": 3}'])
+def test_a_program_that_answers_something_else_is_no_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho '{said}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv(official.VARIABLE, str(program))
+    with pytest.raises(MissingTool, match="is no Python that works") as raised:
+        official.find()
+    assert raised.value.run.startswith(f"unset {official.VARIABLE}")
+
+
+def test_a_vulkan_target_is_not_sent_to_the_compiler_that_has_no_vulkan() -> None:
+    board = target.load("steam-deck-oled")
+    vulkan = msgspec.structs.replace(board, mlc=msgspec.structs.replace(board.mlc, kind="vulkan"))
+    assert "opencl" in official.without(vulkan)
+    assert official.without(board) == official.BUILT_IN

@@ -37,14 +37,14 @@ def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001
             f"{recipe}: the mlc backend keeps keys and values in float32 or float16",
             run=f"edgeq build ... --recipe {str(recipe).rpartition('-')[0]}-kv16",
         )
-    if official.VARIABLE in os.environ:
+    if os.environ.get(official.VARIABLE):
         official.quantization(recipe)
 
 
 def tools(target: Target) -> tuple[str, ...]:
     """Names and versions of what compiles, and of the TVM that runs the gate; raises MissingTool when one is absent."""
     found = (*_versions(), library.linker())
-    return (*found, official.find().version) if official.is_chosen(target) else found
+    return (*found, official.find(official.without(target)).version) if official.is_chosen(target) else found
 
 
 def build(job: Job, out: Path) -> Compiled:
@@ -78,8 +78,10 @@ def load(folder: Path, bundle: Bundle) -> Session:
     device = devices.find(bundle.provider)
     if device is not None and library.is_for_this_machine(path) and set(made.isa) <= set(this_machine().isa):
         with kernels.cache_compiled(kernels.cache_folder()):
-            module = tvm.runtime.load_module(str(path))
-        return MlcSession(module, device, folder, bundle)
+            session = MlcSession(tvm.runtime.load_module(str(path)), device, folder, bundle)
+            if bundle.provider == "cuda" and bundle.kernels == "unchecked":
+                next(session.generate([0], 1))  # a kernel may be compiled when it is first launched
+        return session
     executable = built_in.for_this_cpu(bundle, made.floats)
     if made.compiler == report.BUILT_IN:
         return MlcSession(executable, tvm.cpu(), folder, bundle)

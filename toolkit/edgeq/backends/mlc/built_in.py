@@ -28,7 +28,9 @@ def build(job: Job, out: Path) -> Compiled:
     found = kernels.check(made.executable, target.code_generator, target.gpu.arch if target.gpu else "")
     library.export(made.executable, out, target.host, found.binaries)
     job.progress("compile", 1, 1)
-    report.write(Report(compiler=BUILT_IN, isa=target.cpu.isa, floats=how.floats, kernels=made.kernels), out)
+    report.write(
+        Report(compiler=BUILT_IN, isa=target.cpu.isa, dtype=how.dtype, floats=how.floats, kernels=made.kernels), out
+    )
     weights.write(job, made.parameters, out)
     return Compiled(kernels=found.state if found.names else None, memory=made.memory)
 

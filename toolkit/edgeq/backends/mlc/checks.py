@@ -70,9 +70,11 @@ def findings(target: Target, machine: Machine, root: Path, *, here: bool) -> lis
     engine = ask(report=here and gpu)
     found = [_packages(target, engine), *_kernel_check(target, root), _official(target)]
     if gpu:
-        found.append(_runtime(target, machine, root, engine) if here else _elsewhere(_runtime_name(target)))
-    if target.code_generator == "cuda":
-        found.append(_kernel_compiler(target, root) if here else _elsewhere("cuda kernel compiler"))
+        wanted = _elsewhere(_runtime_name(target), _needs(target))
+        found.append(_runtime(target, machine, root, engine) if here else wanted)
+    if target.code_generator == "cuda" and target.gpu:
+        wanted = _elsewhere("cuda kernel compiler", f"nvcc that knows {target.gpu.arch}, for kernels that are source")
+        found.append(_kernel_compiler(target, root) if here else wanted)
     return found
 
 
@@ -120,8 +122,14 @@ def version(package: str) -> str | None:
         return None
 
 
-def _elsewhere(name: str) -> Finding:
-    return Finding(name, None, "on the device", "this is another machine", "check again on the device itself")
+def _elsewhere(name: str, expected: str) -> Finding:
+    return Finding(name, None, expected, "this is another machine", "check again on the device itself")
+
+
+def _needs(target: Target) -> str:
+    """What runs a library there; JetPack 6 has CUDA 12."""
+    kind = target.code_generator
+    return f"a TVM whose {kind} runtime loads" + (": CUDA 13, on a Jetson JetPack 7" if kind == "cuda" else "")
 
 
 def _packages(target: Target, engine: Engine) -> Finding:
@@ -141,7 +149,7 @@ def _official(target: Target) -> Finding:
     """MLC's own compiler: what the package index has under its name is an empty placeholder, so the module counts."""
     use = "needed for Vulkan" if target.code_generator == "vulkan" else "optional"
     try:
-        found = official.find()
+        found = official.find(official.without(target))
     except MissingTool as missing:
         return Finding("mlc_llm", None, "MLC's own compiler", missing.what, f"{use}: {missing.run}")
     return Finding("mlc_llm", True, "MLC's own compiler", f"{found.version} in {found.python}", "")

@@ -55,9 +55,16 @@ def compile_model(model: Model, how: Precision, target: Any, context: int) -> Co
     from tvm import transform as passes
 
     architecture = importlib.import_module(f"edgeq.backends.mlc.models.{_MODELS[model.model_type]}")
-    with target:
-        decoder: Decoder = architecture.decoder(model, how, target)
-        module, named = decoder.export_tvm(decoder.functions())
+    try:
+        with target:
+            decoder: Decoder = architecture.decoder(model, how, target)
+            module, named = decoder.export_tvm(decoder.functions())
+    except AssertionError as error:  # the wheel's attention refuses limits that are too small
+        raise BackendFault(
+            f"TVM cannot compile {model.model_type} for {target.kind.name}",
+            why=str(error),
+            run="compare the limits in the target's [mlc] table with the device's",
+        ) from error
     parameters = {name: (tuple(map(int, each.shape)), str(each.dtype)) for name, each in named}
     taken: dict[str, str] = {}
     found: dict[str, Any] = {}
@@ -105,7 +112,9 @@ def compile_model(model: Model, how: Precision, target: Any, context: int) -> Co
             executable = relax.build(module, target=target, relax_pipeline=pipeline)
     except Exception as error:  # TVM raises errors of every kind, and edgeq's own come back from it as RuntimeError
         raise BackendFault(
-            f"TVM cannot compile {model.model_type} for {target.kind.name}", why=str(error).strip().rpartition("\n")[2]
+            f"TVM cannot compile {model.model_type} for {target.kind.name}",
+            why=str(error).strip().rpartition("\n")[2],
+            run="compare the limits in the target's [mlc] table with the device's; else edgeq doctor",
         ) from error
     calls = {name: found["calls"].get(name, 0) for name in sorted(taken)}
     kernels = tuple(Kernel(name, taken[name], times, times * found["bytes"][name]) for name, times in calls.items())

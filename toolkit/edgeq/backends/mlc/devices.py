@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from typing import Any
 
+from edgeq.errors import UsageFault
 from edgeq.target import Target
 
 _CPU = {"x86_64": {"mcpu": "x86-64-v3"}, "aarch64": {}}
@@ -50,7 +51,15 @@ def find(provider: str) -> Any | None:
 
 
 def _host(target: Target) -> dict[str, Any]:
+    from tvm.target import codegen
+
     mcpu = target.mlc.mcpu
+    if mcpu and not codegen.llvm_is_valid_cpu(mcpu, target.host):
+        raise UsageFault(
+            f"mlc.mcpu {mcpu!r} is no processor that LLVM knows for {target.host}",
+            why=f"{target.name} names it.",
+            run="leave mcpu out of the target's [mlc] table, for any processor of the architecture",
+        )
     return {"kind": "llvm", "mtriple": target.host} | ({"mcpu": mcpu} if mcpu else {})
 
 

@@ -153,17 +153,20 @@ def cache_compiled(folder: Path, compile_source: Callable[[str, str], bytes] = c
     def compiled(source: str) -> bytes:
         wanted = arch or "sm_" + tvm.cuda(0).compute_version.replace(".", "")
         file = folder / f"{hashlib.sha256((wanted + source).encode()).hexdigest()}.cubin"
-        if not file.exists():
+        if file.is_file():
+            return file.read_bytes()
+        try:
+            code = compile_source(source, wanted)
+        except Exception as error:
+            refused.append(error)
+            raise
+        with contextlib.suppress(OSError):  # where nothing can be kept, it is compiled each time
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 made = Path(scratch) / file.name
-                try:
-                    made.write_bytes(compile_source(source, wanted))
-                except Exception as error:
-                    refused.append(error)
-                    raise
+                made.write_bytes(code)
                 made.replace(file)
-        return file.read_bytes()
+        return code
 
     before = tvm.get_global_func(_COMPILER)
     tvm.register_global_func(_COMPILER, compiled, override=True)

@@ -104,12 +104,10 @@ def find(folder: Path) -> Path:
 
 
 def is_for_this_machine(path: Path) -> bool:
-    """Whether this system can load a library; its kernels' device is another matter."""
-    system = {"linux": "linux-gnu", "darwin": "apple-darwin"}.get(sys.platform, sys.platform)
-    try:
-        return path.suffix != ".tar" and bool(require(path, f"{platform.machine()}-{system}"))
-    except BackendFault:
-        return False
+    """Whether this system can load a library; its kernels' device is another matter. Raises as `inspect` does."""
+    found, (machine, _) = inspect(path), _split(f"{platform.machine()}-")
+    container = {"linux": "ELF", "darwin": "Mach-O"}.get(sys.platform)
+    return path.suffix != ".tar" and (found.container, found.machine) == (container, machine)
 
 
 def inspect(path: Path) -> Format:

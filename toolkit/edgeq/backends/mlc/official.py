@@ -41,7 +41,7 @@ VARIABLE = "EDGEQ_MLC_PYTHON"
 BUILT_IN = "the built-in compiler: pip install 'edgeq[tvm]'"
 INSTALL = (
     "python -m venv mlc && mlc/bin/python -m pip install --pre -U -f https://mlc.ai/wheels mlc-llm-nightly-cpu "
-    f'mlc-ai-nightly-cpu && export {VARIABLE}="$PWD/mlc/bin/python", or {BUILT_IN}'
+    f'mlc-ai-nightly-cpu && export {VARIABLE}="$PWD/mlc/bin/python"'
 )
 """The maker's own line (its page of wheels is the only place that has them), in an environment of its own."""
 CHUNK = 256
@@ -83,9 +83,14 @@ class Official:
     version: str
 
 
+def without(target: Target) -> str:
+    """What can be done for a target without this compiler."""
+    return 'kind = "opencl" in the target\'s [mlc] table' if target.code_generator == "vulkan" else BUILT_IN
+
+
 def is_chosen(target: Target) -> bool:
     """Whether it compiles for a target: where EDGEQ_MLC_PYTHON asks for it, or the built-in one cannot."""
-    return VARIABLE in os.environ or target.code_generator == "vulkan"
+    return bool(os.environ.get(VARIABLE)) or target.code_generator == "vulkan"
 
 
 def build(job: Job, out: Path) -> Compiled:
@@ -96,7 +101,7 @@ def build(job: Job, out: Path) -> Compiled:
     path = out / file_name(target.host)
     job.progress("compile", 0, 1)
     parameters = compile_library(
-        find(),
+        find(without(target)),
         job.checkpoint.model,
         wanted,
         device=devices.description(target),
@@ -106,15 +111,17 @@ def build(job: Job, out: Path) -> Compiled:
         library=path,
     )
     job.progress("compile", 1, 1)
-    made = report.Report(compiler="mlc_llm", isa=target.cpu.isa, floats=_DTYPES[wanted], kernels=())
+    made = report.Report(
+        compiler="mlc_llm", isa=target.cpu.isa, dtype=_DTYPES[wanted], floats=_DTYPES[wanted], kernels=()
+    )
     report.write(made, out)
     write(job, parameters, out)
     check(out, path, target.host)
     return Compiled(kernels="unchecked", memory=memory(path, target.host))
 
 
-def find() -> Official:
-    """Installation that EDGEQ_MLC_PYTHON names, else that of this Python.
+def find(otherwise: str = BUILT_IN) -> Official:
+    """Installation that EDGEQ_MLC_PYTHON names, else that of this Python; `otherwise`: what can be done without one.
 
     Raises MissingTool with the maker's command when there is none, or only packages that took its name and are empty.
     """
@@ -124,12 +131,17 @@ def find() -> Official:
     try:
         asked = subprocess.run([python, "-c", _PROBE], cwd=python.parent, capture_output=True, timeout=_PROBE_LIMIT_S)
         found = json.loads(asked.stdout)
-    except (OSError, subprocess.TimeoutExpired, ValueError) as error:
-        raise MissingTool(f"{VARIABLE}={named} is no Python that works", why=str(error), run=INSTALL) from error
-    packages = [f"{name} {version}" for name, version in sorted(found["packages"].items())]
-    if not found["complete"]:
+        complete, named_packages = bool(found["complete"]), dict(found["packages"])
+    except (OSError, subprocess.TimeoutExpired, ValueError, KeyError, TypeError) as error:
+        raise MissingTool(
+            f"{VARIABLE}={named} is no Python that works",
+            why=str(error),
+            run=f"unset {VARIABLE}, for {otherwise}; or {INSTALL}",
+        ) from error
+    packages = [f"{name} {version}" for name, version in sorted(named_packages.items())]
+    if not complete:
         why = f"Placeholders took its name, packages without a compiler: {', '.join(packages)}." if packages else ""
-        raise MissingTool(what, why=why, run=INSTALL)
+        raise MissingTool(what, why=why, run=f"{INSTALL}; or {otherwise}")
     llm = [package for package in packages if package[4:].startswith("llm")]
     return Official(python, (llm or ["mlc_llm of unknown version"])[0])
 

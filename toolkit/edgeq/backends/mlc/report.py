@@ -14,6 +14,7 @@ from tvm import relax, tirx
 
 from edgeq import data
 from edgeq.backends.mlc import schedules
+from edgeq.errors import CorruptInput
 
 FILE = "compiled.json"
 BUILT_IN = "edgeq"
@@ -26,7 +27,9 @@ _LAYERS, _KEY_VALUES, _SIZES, _LIKE = 1, 3, (4, 5), 12
 
 
 class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A kernel, the schedule rule that took it, and how often it runs and how many bytes it moves for one token."""
+    """A kernel, the schedule rule that took it (`its own` for one that came with its schedule), and for one token how
+    often it runs and how many bytes it moves.
+    """
 
     name: str
     rule: str
@@ -35,10 +38,14 @@ class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What was compiled: by whom, the instruction sets of host code, the type of matrices that are floats, kernels."""
+    """What was compiled: by whom, the instruction sets of host code, types, kernels.
+
+    dtype: of activations, scales, keys and values; floats: of matrices where a recipe quantizes none.
+    """
 
     compiler: str
     isa: tuple[str, ...]
+    dtype: str
     floats: str
     kernels: tuple[Kernel, ...]
 
@@ -49,7 +56,9 @@ def write(report: Report, folder: Path) -> None:
 
 
 def read(folder: Path) -> Report:
-    """Report that `write` wrote; raises CorruptInput when it is damaged."""
+    """Report that `write` wrote; raises CorruptInput when it is missing or damaged."""
+    if not (folder / FILE).is_file():
+        raise CorruptInput(f"{folder / FILE}: missing", run="edgeq build ... again")
     return data.read_json(folder / FILE, Report)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,9 +54,35 @@ def apply(target: Any, taken: dict[str, str]) -> Any:
                 continue
             module[variable] = schedule.mod["main"].with_attr(SCHEDULED, True)
             taken[name] = type(rule).__name__.lstrip("_")
+        if target.kind.name != "llvm":
+            _hold_to_limit(module, target)
         return module
 
     return run
+
+
+def _hold_to_limit(module: Any, target: Any) -> None:
+    """Raise BackendFault when a kernel has more threads in a block than the target allows."""
+    limit = int(target.attrs.get("max_threads_per_block") or target.attrs["max_num_threads"])
+    for variable, function in module.functions_items():
+        if isinstance(function, tirx.PrimFunc) and (threads := _threads(function)) > limit:
+            raise BackendFault(
+                f"kernel {variable.name_hint} has {threads} threads in a block, the target allows {limit}"
+            )
+
+
+def _threads(function: Any) -> int:
+    """Threads in a block of a scheduled kernel, where that is known."""
+    extents: dict[str, int] = {}
+
+    def visit(node: Any) -> None:
+        if isinstance(node, tirx.For) and node.thread_binding is not None and isinstance(node.extent, tirx.IntImm):
+            axis = str(node.thread_binding.thread_tag)
+            if axis.startswith("threadIdx"):
+                extents[axis] = max(extents.get(axis, 1), int(node.extent))
+
+    tirx.stmt_functor.post_order_visit(function.body, visit)
+    return math.prod(extents.values())
 
 
 def _tries(rules: list[Any], function: Any, target: Any) -> Iterator[tuple[Any, Any]]:

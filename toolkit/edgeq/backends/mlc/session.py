@@ -70,7 +70,7 @@ class MlcSession:
 
     def close(self) -> None:
         """Release weights, cache and states."""
-        self._kv, self._states, self._parameters = None, [], None
+        self._kv, self._recurrent, self._states, self._parameters = None, None, [], None
 
     def _function(self, *names: str) -> Any:
         for name in names:
@@ -108,14 +108,15 @@ class MlcSession:
                 run="edgeq build ... --context with a larger number",
             )
         if capacity > self._capacity:
-            self._kv = None
-            self._capacity = -(-capacity // _STEP) * _STEP
+            self._kv, self._capacity = None, 0
+            tokens = -(-capacity // _STEP) * _STEP
             create = self._function("create_tir_paged_kv_cache")
-            sizes = (1, self._capacity, self._chunk, PAGE, 0)
+            sizes = (1, tokens, self._chunk, PAGE, 0)
             try:
                 self._kv = create(*(self._runtime.ShapeTuple([size]) for size in sizes))
             except (RuntimeError, ValueError) as error:
-                raise OutOfMemory(f"no room for a cache of {self._capacity} tokens", why=str(error)[-300:]) from error
+                raise OutOfMemory(f"no room for a cache of {tokens} tokens", why=str(error)[-300:]) from error
+            self._capacity = tokens
         self._recurrent = self._function("create_rnn_state")(*self._rnn_sizes()) if self._has_rnn_state() else None
         for state in self._caches():
             self._builtin("kv_state_clear")(state)
