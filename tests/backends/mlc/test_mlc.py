@@ -19,7 +19,7 @@ from checkpoints import Build, quiet
 from edgeq import backends, bundle, recipe, target
 from edgeq.backends import mlc
 from edgeq.backends.base import Job
-from edgeq.backends.mlc import checks, library, official
+from edgeq.backends.mlc import checks, library, official, official_weights
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import BackendFault, CorruptInput, MissingTool, UsageFault
 from edgeq.target import Target
@@ -233,7 +233,7 @@ def test_a_bundle_of_the_official_compiler_runs_on_this_cpu(
     folder = tmp_path / "bundle"
     folder.mkdir()
     job = Job(Checkpoint.open(tiny("3")), recipe.parse("f32"), here, 512, quiet)
-    official.write(job, official.parameters(job.checkpoint.model, "q0f32"), folder)
+    official_weights.write(job, official_weights.parameters(job.checkpoint.model, "q0f32"), folder)
     (folder / "model.so").write_bytes(ELSEWHERE)
     report = {"compiler": "mlc_llm", "isa": [], "dtype": "float32", "floats": "float32", "kernels": []}
     (folder / "compiled.json").write_bytes(msgspec.json.encode(report))

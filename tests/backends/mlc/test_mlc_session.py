@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from checkpoints import Build, quiet
 from edgeq import bundle, recipe, size, transformer
 from edgeq.backends.base import Job
-from edgeq.backends.mlc import official, tensor_cache
+from edgeq.backends.mlc import official, official_weights, tensor_cache
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import BackendFault, OutOfMemory, UsageFault
 from edgeq.quantize.solve import rounded
@@ -250,8 +250,10 @@ def test_weights_of_the_official_compiler_give_the_same_logits(
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
     for folder in (theirs, ours):
         folder.mkdir()
-    official.write(job, official.parameters(checkpoint.model, official.quantization(job.recipe)), theirs)
-    official.for_built_in(theirs, checkpoint.model, ours)
+    official_weights.write(
+        job, official_weights.parameters(checkpoint.model, official.quantization(job.recipe)), theirs
+    )
+    official_weights.for_built_in(theirs, checkpoint.model, ours)
     small = () if job.recipe.body.is_float else ("in_proj_a.weight", "in_proj_b.weight")
     found = opened(variant, ours).logits(IDS)
     np.testing.assert_allclose(found, reference(variant, IDS, small), rtol=0, atol=EXACT)

@@ -17,7 +17,7 @@ import mlc_stand_in
 from checkpoints import Build, quiet
 from edgeq import recipe, target
 from edgeq.backends.base import Job
-from edgeq.backends.mlc import official, tensor_cache
+from edgeq.backends.mlc import official, official_weights, tensor_cache
 from edgeq.backends.mlc.official import Official
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import BackendFault, BackendKilled, CorruptInput, MissingTool, UnsupportedModel, UsageFault
@@ -50,13 +50,15 @@ def model_of(folder: Path) -> Model:
     return Checkpoint.open(folder).model
 
 
-def compiled(by: Official, model: Model, quantization: str, library: Path, limit_s: float = 60) -> official.Parameters:
+def compiled(
+    by: Official, model: Model, quantization: str, library: Path, limit_s: float = 60
+) -> official_weights.Parameters:
     return official.compile_library(
         by, model, quantization, device=ORIN, host=HOST, context=256, chunk=64, library=library, limit_s=limit_s
     )
 
 
-def recorded(model: Model, quantization: str) -> official.Parameters:
+def recorded(model: Model, quantization: str) -> official_weights.Parameters:
     """What the real compiler's libraries asked for."""
     listed: Any = mlc_stand_in.parameters(model.model_type, quantization)
     return {each["name"]: (tuple(each["shape"]), each["dtype"]) for each in listed}
@@ -150,11 +152,11 @@ def test_shapes_that_its_classes_would_misread_are_refused(tiny: Build) -> None:
 @pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
 def test_parameters_are_those_that_real_libraries_asked_for(tiny: Build, generation: str, quantization: str) -> None:
     model = model_of(tiny(generation))
-    assert official.parameters(model, quantization) == recorded(model, quantization)
+    assert official_weights.parameters(model, quantization) == recorded(model, quantization)
 
 
 def test_an_untied_head_is_a_matrix_of_its_own(tiny: Build) -> None:
-    found = official.parameters(model_of(tiny("3", tied=False)), "q4f16_1")
+    found = official_weights.parameters(model_of(tiny("3", tied=False)), "q4f16_1")
     assert found["lm_head.q_scale"] == ((288, 2), "float16")
 
 
@@ -241,7 +243,7 @@ def test_a_mac_is_linked_for_on_a_mac_only(
 def test_weights_are_what_the_recipe_stands_for(tiny: Build, tmp_path: Path, generation: str, name: str) -> None:
     job, wanted = written(tiny(generation), name, tmp_path)
     assert {at: (tuple(each["shape"]), each["dtype"]) for at, each in tensor_cache.records(tmp_path).items()} == wanted
-    for parameter, tensors in official.names(job.checkpoint.model).items():
+    for parameter, tensors in official_weights.names(job.checkpoint.model).items():
         values = np.concatenate([expected(job, tensor) for tensor in tensors])
         assert np.array_equal(stored(tmp_path, parameter), values), parameter
 
@@ -307,11 +309,11 @@ def prove(environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
-def written(checkpoint: Path, name: str, out: Path) -> tuple[Job, official.Parameters]:
+def written(checkpoint: Path, name: str, out: Path) -> tuple[Job, official_weights.Parameters]:
     """Weights of a checkpoint in a folder."""
     job = Job(Checkpoint.open(checkpoint), recipe.parse(name), target.load("jetson"), 256, quiet)
-    wanted = official.parameters(job.checkpoint.model, official.quantization(job.recipe))
-    official.write(job, wanted, out)
+    wanted = official_weights.parameters(job.checkpoint.model, official.quantization(job.recipe))
+    official_weights.write(job, wanted, out)
     return job, wanted
 
 

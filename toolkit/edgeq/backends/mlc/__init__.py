@@ -71,7 +71,7 @@ def load(folder: Path, bundle: Bundle) -> Session:
     os.environ.setdefault("TVM_NUM_THREADS", str(physical_cores()))
     import tvm
 
-    from edgeq.backends.mlc import built_in, devices, kernels, report
+    from edgeq.backends.mlc import built_in, devices, kernels, official_weights, report
     from edgeq.backends.mlc.session import MlcSession
 
     made, path = report.read(folder), library.find(folder)
@@ -86,7 +86,7 @@ def load(folder: Path, bundle: Bundle) -> Session:
     if made.compiler == report.BUILT_IN:
         return MlcSession(executable, tvm.cpu(), folder, bundle)
     with tempfile.TemporaryDirectory() as scratch:
-        official.for_built_in(folder, read_config(bundle.config), Path(scratch))
+        official_weights.for_built_in(folder, read_config(bundle.config), Path(scratch))
         return MlcSession(executable, tvm.cpu(), Path(scratch), bundle)
 
 
