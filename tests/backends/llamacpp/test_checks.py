@@ -8,10 +8,10 @@ import pytest
 
 import machines
 from edgeq import target
+from edgeq.backends.findings import Finding
 from edgeq.backends.llamacpp import checks, install
 from edgeq.backends.llamacpp.checks import Engine
 from edgeq.backends.llamacpp.devices import Device, Report
-from edgeq.backends.llamacpp.system import Finding
 from edgeq.machine import this_machine
 
 CPU = Device("CPU", "cpu", "a processor", 1)

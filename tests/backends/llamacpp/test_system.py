@@ -8,8 +8,8 @@ import pytest
 
 import machines
 from edgeq import target
+from edgeq.backends.findings import Finding
 from edgeq.backends.llamacpp import system
-from edgeq.backends.llamacpp.system import Finding
 from edgeq.machine import Accelerator, Machine, this_machine
 
 JETSON, THOR, LAPTOP, DECK, PI, MAC = map(

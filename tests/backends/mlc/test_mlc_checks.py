@@ -9,8 +9,8 @@ import pytest
 
 import machines
 from edgeq import target
+from edgeq.backends.findings import Finding
 from edgeq.backends.llamacpp import install
-from edgeq.backends.llamacpp.system import Finding
 from edgeq.backends.mlc import checks, official
 from edgeq.backends.mlc.checks import Engine, Report
 from edgeq.backends.mlc.official import Official

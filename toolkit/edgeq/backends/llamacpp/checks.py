@@ -5,17 +5,16 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
+from edgeq.backends import findings as looking
+from edgeq.backends.findings import Finding
 from edgeq.backends.llamacpp import install, system
 from edgeq.backends.llamacpp.devices import Device, Report
-from edgeq.backends.llamacpp.system import Finding
 from edgeq.machine import Machine
 from edgeq.target import Target
 
@@ -68,17 +67,11 @@ def ask() -> Engine:
         version = importlib.metadata.version("llama-cpp-python")
     except importlib.metadata.PackageNotFoundError:
         return Engine()
+    answer, fault = looking.ask(_ASK, _ASK_SECONDS, "it")
+    if fault:
+        return Engine(version, fault=fault)
     try:
-        done = subprocess.run(_ASK, capture_output=True, timeout=_ASK_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return Engine(version, fault=f"it does not answer within {_ASK_SECONDS:g} s")
-    if done.returncode < 0:
-        return Engine(version, fault=f"loading it ends with {signal.Signals(-done.returncode).name}")
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        return Engine(version, fault=last or f"loading it exits with {done.returncode}")
-    try:
-        return Engine(version, msgspec.json.decode(done.stdout.strip().rpartition(b"\n")[2], type=Report))
+        return Engine(version, msgspec.json.decode(answer, type=Report))
     except ValueError as error:
         return Engine(version, fault=f"its answer cannot be read: {error}")
 

@@ -7,8 +7,8 @@ import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
+from edgeq.backends.findings import Finding, show
 from edgeq.machine import Machine
 from edgeq.target import Target
 
@@ -33,16 +33,6 @@ _APPLE_COMPILERS = (
 )
 
 
-class Finding(NamedTuple):
-    """One answer; `passed` is None where nothing can be said, `remedy` says what to do unless it passed."""
-
-    name: str
-    passed: bool | None
-    expected: str
-    observed: str
-    remedy: str
-
-
 def tools(target: Target, root: Path) -> list[Finding]:
     """What compiling for the target's API needs, looked for below `root`."""
     return [look(target, root) for look in (_compiler, *_TOOLS.get(target.api, ()))]
@@ -61,7 +51,7 @@ def _compiler(target: Target, root: Path) -> Finding:
         path = next(filter(None, (_program(name, root) for name in ("c++", "g++", "clang++"))), None)
         expected = "c++, g++ or clang++"
         remedy = _packages(target, "a C++ compiler, on Debian and Ubuntu build-essential")
-    return Finding("c++ compiler", path is not None, expected, _show(path, root), remedy)
+    return Finding("c++ compiler", path is not None, expected, show(path, root), remedy)
 
 
 def _nvcc(target: Target, root: Path) -> Finding:
@@ -72,13 +62,13 @@ def _nvcc(target: Target, root: Path) -> Finding:
     if path is None:
         return Finding("nvcc", False, expected, "none found", _packages(target, f"the CUDA toolkit{since}"))
     version, known = _release(path), _run(path, "--list-gpu-code").split()
-    observed = f"nvcc {version or 'of unknown version'}, {_show(path, root)}"
+    observed = f"nvcc {version or 'of unknown version'}, {show(path, root)}"
     if not known or not arch.startswith("sm_"):
         return Finding("nvcc", None, expected, observed, f"nvcc --list-gpu-code has to name {arch}")
     if arch not in known:
         observed += f", knows {known[0]} to {known[-1]}"
         return Finding("nvcc", False, expected, observed, f"install a CUDA toolkit that knows {arch}{since}")
-    remedy = f"it is not on PATH: before installing, export CUDACXX={_show(path, root)}"
+    remedy = f"it is not on PATH: before installing, export CUDACXX={show(path, root)}"
     return Finding("nvcc", found or None, expected, observed, remedy)
 
 
@@ -112,14 +102,14 @@ def _spirv_headers(target: Target, root: Path) -> Finding:
     folders = ("usr/share", "usr/lib", "usr/local/share", "usr/local/lib", f"usr/lib/{target.host}")
     path = next((root / each / file for each in folders if (root / each / file).is_file()), None)
     remedy = _packages(target, "SPIR-V's headers, on Debian and Ubuntu spirv-headers")
-    return Finding("spirv headers", path is not None, "SPIRV-HeadersConfig.cmake", _show(path, root), remedy)
+    return Finding("spirv headers", path is not None, "SPIRV-HeadersConfig.cmake", show(path, root), remedy)
 
 
 def _glslc(target: Target, root: Path) -> Finding:
     sdk = os.environ.get("VULKAN_SDK")
     path = _program("glslc", root, *((f"{sdk}/bin",) if sdk else ()))
     remedy = _packages(target, "glslc, on Debian 12 and Ubuntu 24.04 of that name; on Ubuntu 22.04 the LunarG SDK")
-    return Finding("glslc", path is not None, "glslc", _show(path, root), remedy)
+    return Finding("glslc", path is not None, "glslc", show(path, root), remedy)
 
 
 def _nvidia_driver(target: Target, machine: Machine, root: Path) -> Finding:
@@ -129,7 +119,7 @@ def _nvidia_driver(target: Target, machine: Machine, root: Path) -> Finding:
     toolkit, branch = _major(_release(nvcc) if nvcc else ""), _major(driver)
     oldest = _OLDEST_DRIVER.get(toolkit)
     expected = "libcuda.so.1" + (f", driver {oldest} or newer for CUDA {toolkit}" if oldest else "")
-    observed = _show(path, root) + (f", driver {driver}" if driver else "")
+    observed = show(path, root) + (f", driver {driver}" if driver else "")
     if path is None:
         return Finding("nvidia driver", False, expected, observed, _packages(target, "NVIDIA's driver"))
     new_enough = not (branch and oldest) or branch >= oldest
@@ -139,7 +129,7 @@ def _nvidia_driver(target: Target, machine: Machine, root: Path) -> Finding:
 def _vulkan_loader(target: Target, _: Machine, root: Path) -> Finding:
     path = _library("libvulkan.so.1", target, root)
     remedy = _packages(target, "Vulkan's loader, on Debian and Ubuntu libvulkan1")
-    return Finding("vulkan loader", path is not None, "libvulkan.so.1", _show(path, root), remedy)
+    return Finding("vulkan loader", path is not None, "libvulkan.so.1", show(path, root), remedy)
 
 
 def _vulkan_driver(target: Target, _: Machine, root: Path) -> Finding:
@@ -216,7 +206,3 @@ def _run(program: Path, argument: str) -> str:
 
 def _below(root: Path, path: str) -> Path:
     return root / path.lstrip("/")
-
-
-def _show(path: Path | None, root: Path) -> str:
-    return "none found" if path is None else f"/{path.relative_to(root)}"

@@ -6,7 +6,6 @@ import importlib.metadata
 import importlib.util
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import NamedTuple
 
 import msgspec
 
+from edgeq.backends import findings as looking
+from edgeq.backends.findings import Finding, show
 from edgeq.backends.llamacpp import install
-from edgeq.backends.llamacpp.system import Finding
 from edgeq.backends.mlc import official
 from edgeq.errors import MissingTool
 from edgeq.machine import Machine
@@ -95,16 +95,8 @@ def ask(*, report: bool) -> Engine:
     versions = {name: version(name) for name in ("apache-tvm", "apache-tvm-ffi")}
     if versions["apache-tvm"] is None or not report:
         return Engine(versions)
-    try:
-        done = subprocess.run(_ASK, capture_output=True, timeout=_ASK_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return Engine(versions, fault=f"TVM does not answer within {_ASK_SECONDS:g} s")
-    if done.returncode < 0:
-        return Engine(versions, fault=f"loading TVM ends with {signal.Signals(-done.returncode).name}")
-    if done.returncode:
-        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-        return Engine(versions, fault=last or f"loading TVM exits with {done.returncode}")
-    return Engine(versions, msgspec.json.decode(done.stdout.strip().rpartition(b"\n")[2], type=Report))
+    said, fault = looking.ask(_ASK, _ASK_SECONDS, "TVM")
+    return Engine(versions, fault=fault) if fault else Engine(versions, msgspec.json.decode(said, type=Report))
 
 
 def answer() -> None:
@@ -179,7 +171,7 @@ def _no_cuda(target: Target, machine: Machine, root: Path, engine: Engine) -> Fi
         remedy = f"compile TVM on the board, or use the llamacpp backend: {install.line(target)}"
         return Finding(name, False, expected, f"L4T {'.'.join(map(str, release))}, whose CUDA is older", remedy)
     driver = next((gpu.driver for gpu in machine.accelerators if gpu.api == "cuda" and gpu.driver), "")
-    observed = _show(library, root) + (f", driver {driver}" if driver else "")
+    observed = show(library, root) + (f", driver {driver}" if driver else "")
     if driver and int(driver.partition(".")[0]) < _OLDEST_DRIVER:
         return Finding(name, False, expected, observed, f"install NVIDIA's driver {_OLDEST_DRIVER} or newer")
     if not engine.installed:
@@ -201,7 +193,7 @@ def _kernel_check(target: Target, root: Path) -> list[Finding]:
     kind, name, unchecked = target.code_generator, "kernel check", "kernels stay unchecked; to check them, install"
     if kind == "opencl":
         clang = _program("clang", root)
-        return [Finding(name, clang is not None or None, "clang", _show(clang, root), f"{unchecked} clang")]
+        return [Finding(name, clang is not None or None, "clang", show(clang, root), f"{unchecked} clang")]
     if kind != "cuda":
         return []
     return [_knowing_nvcc(target, root, name, unchecked)]
@@ -214,7 +206,7 @@ def _knowing_nvcc(target: Target, root: Path, name: str, when: str) -> Finding:
     if nvcc is None:
         return Finding(name, None, expected, "none found", remedy)
     known = _run(nvcc, "--list-gpu-code").split() or ["nothing that it says"]
-    observed = f"{_show(nvcc, root)}, knows {' to '.join(dict.fromkeys((known[0], known[-1])))}"
+    observed = f"{show(nvcc, root)}, knows {' to '.join(dict.fromkeys((known[0], known[-1])))}"
     return Finding(name, arch in known or None, expected, observed, remedy)
 
 
@@ -251,7 +243,3 @@ def _run(program: Path, argument: str) -> str:
         return subprocess.run([program, argument], capture_output=True, text=True, timeout=20, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-def _show(path: Path | None, root: Path) -> str:
-    return "none found" if path is None else f"/{path.relative_to(root)}"
