@@ -30,14 +30,13 @@ exit 1
 
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only folder on PATH beside the system's own; empty."""
+    """The only folder on PATH, with what the programs of these tests call."""
     folder = tmp_path / "programs"
     folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/bin")
+    for name in ("cat", "grep"):
+        (folder / name).symlink_to(shutil.which(name) or "/")
+    monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setattr(kernels, "_NVCC", tmp_path / "none")
-    for name in ("nvcc", "clang"):
-        if shutil.which(name):
-            pytest.skip(f"{name} is in /bin")
     return folder
 
 
