@@ -108,6 +108,7 @@ def answer() -> None:
 
 
 def version(package: str) -> str | None:
+    """Installed version of a package; None where it is absent."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -51,24 +51,41 @@ def precision(recipe: Recipe, own: str) -> Precision:
 
 def compile_model(model: Model, how: Precision, target: Any, context: int) -> Compiled:
     """Executable for a `tvm.target.Target` whose host is set; raises BackendFault with TVM's words when it fails."""
-    from tvm import relax
-    from tvm import transform as passes
+    from tvm import relax, transform
 
     architecture = importlib.import_module(f"edgeq.backends.mlc.models.{_MODELS[model.model_type]}")
+    taken: dict[str, str] = {}
+    found: dict[str, Any] = {}
     try:
         with target:
             decoder: Decoder = architecture.decoder(model, how, target)
             module, named = decoder.export_tvm(decoder.functions())
-    except AssertionError as error:  # the wheel's attention refuses limits that are too small
+        parameters = {name: (tuple(map(int, each.shape)), str(each.dtype)) for name, each in named}
+        pipeline = _pipeline(target, _description(model, how, context, decoder, parameters), taken, found)
+        with target, transform.PassContext(opt_level=3):
+            executable = relax.build(module, target=target, relax_pipeline=pipeline)
+    except Exception as error:  # TVM raises errors of every kind, and edgeq's own come back from it as RuntimeError
         raise BackendFault(
             f"TVM cannot compile {model.model_type} for {target.kind.name}",
-            why=str(error),
-            run="compare the limits in the target's [mlc] table with the device's",
+            why=str(error).strip().rpartition("\n")[2],
+            run="compare the limits in the target's [mlc] table with the device's; else edgeq doctor",
         ) from error
-    parameters = {name: (tuple(map(int, each.shape)), str(each.dtype)) for name, each in named}
-    taken: dict[str, str] = {}
-    found: dict[str, Any] = {}
-    metadata = {
+    calls = {name: found["calls"].get(name, 0) for name in sorted(taken)}
+    kernels = tuple(Kernel(name, taken[name], times, times * found["bytes"][name]) for name, times in calls.items())
+    memory = MemoryPlan(
+        weights_bytes=sum(map(_bytes, parameters.values())),
+        kv_cache_bytes_per_token=found["kv_cache_bytes_per_token"],
+        state_bytes=sum(map(_bytes, decoder.states)),
+        temporary_bytes=found["temporary_bytes"],
+    )
+    return Compiled(executable, parameters, kernels, memory)
+
+
+def _description(
+    model: Model, how: Precision, context: int, decoder: Decoder, parameters: Mapping[str, tuple[tuple[int, ...], str]]
+) -> dict[str, Any]:
+    """What the library says of itself, by the keys of MLC's libraries; `states` and `verify_chunk_size` are edgeq's."""
+    return {
         "model_type": model.model_type,
         "quantization": f"{how.body.name}-{how.table.name}-{how.dtype}",
         "context_window_size": context,
@@ -79,10 +96,16 @@ def compile_model(model: Model, how: Precision, target: Any, context: int) -> Co
         "states": [{"shape": list(shape), "dtype": dtype} for shape, dtype in decoder.states],
         "params": [{"name": name, "shape": shape, "dtype": dtype} for name, (shape, dtype) in parameters.items()],
     }
-    pipeline = passes.Sequential(
+
+
+def _pipeline(target: Any, description: Mapping[str, Any], taken: dict[str, str], found: dict[str, Any]) -> Any:
+    """Passes from layers to the virtual machine's code; what they see on the way is entered in `taken` and `found`."""
+    from tvm import relax, transform
+
+    return transform.Sequential(
         [
             _bounds(),
-            _metadata(metadata),
+            _metadata(description),
             relax.transform.FuseTransposeMatmul(),
             relax.transform.LegalizeOps(),
             relax.transform.AnnotateTIROpPattern(),
@@ -107,24 +130,6 @@ def compile_model(model: Model, how: Precision, target: Any, context: int) -> Co
             relax.transform.AttachGlobalSymbol(),
         ]
     )
-    try:
-        with target, passes.PassContext(opt_level=3):
-            executable = relax.build(module, target=target, relax_pipeline=pipeline)
-    except Exception as error:  # TVM raises errors of every kind, and edgeq's own come back from it as RuntimeError
-        raise BackendFault(
-            f"TVM cannot compile {model.model_type} for {target.kind.name}",
-            why=str(error).strip().rpartition("\n")[2],
-            run="compare the limits in the target's [mlc] table with the device's; else edgeq doctor",
-        ) from error
-    calls = {name: found["calls"].get(name, 0) for name in sorted(taken)}
-    kernels = tuple(Kernel(name, taken[name], times, times * found["bytes"][name]) for name, times in calls.items())
-    memory = MemoryPlan(
-        weights_bytes=sum(map(_bytes, parameters.values())),
-        kv_cache_bytes_per_token=found["kv_cache_bytes_per_token"],
-        state_bytes=sum(map(_bytes, decoder.states)),
-        temporary_bytes=found["temporary_bytes"],
-    )
-    return Compiled(executable, parameters, kernels, memory)
 
 
 def _bytes(tensor: tuple[Sequence[int], str]) -> int:

@@ -44,6 +44,7 @@ class MlcSession:
         self._decode = self._function("decode", "batch_decode")
         self._parameters, size = self._load(folder)
         self._kv: Any = None
+        self._recurrent: Any = None
         self._states: list[Any] = []
         self._capacity = 0
         layers = self._model.layers + 1
