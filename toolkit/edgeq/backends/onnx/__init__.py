@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+from dataclasses import replace
 from pathlib import Path
 
 from edgeq.backends.base import Job, Session
 from edgeq.bundle import Bundle
 from edgeq.errors import MissingTool, UsageFault
 from edgeq.model import Model
-from edgeq.recipe import Recipe
+from edgeq.recipe import COLUMN, Recipe, plain
 from edgeq.target import Target
 
 ENGINE = ("onnxruntime",)
@@ -28,10 +29,20 @@ def scale_bits(recipe: Recipe) -> int:  # noqa: ARG001
 
 
 def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001
-    """Raise UsageFault for GGML's layouts and for caches that are not float32."""
+    """Raise UsageFault for GGML's layouts, 2 bits in groups without a kernel, and caches that are not float32.
+
+    ONNX Runtime 1.32 has a kernel of 2 bits for groups of 32 to 128. It unpacks groups of 16 again for each token, more
+    than 100 times as slow, and refuses a column.
+    """
     if recipe.body.is_ggml or recipe.table.is_ggml:
         raise UsageFault(
             f"{recipe}: ONNX Runtime does not know GGML's layouts", run="edgeq build ... --backend llamacpp"
+        )
+    if recipe.body.bits == 2 and recipe.body.group not in (32, 64, 128):
+        group = 128 if recipe.body.group == COLUMN else 32
+        near = replace(recipe, body=plain(2, group, symmetric=recipe.body.symmetric))
+        raise UsageFault(
+            f"{recipe}: ONNX Runtime has no fast kernel for {recipe.body.name}", run=f"edgeq build ... --recipe {near}"
         )
     if recipe.kv_bits != 32:
         raise UsageFault(
