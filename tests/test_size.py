@@ -85,6 +85,13 @@ def test_a_column_has_the_inputs_of_each_matrix() -> None:
     }
 
 
+def test_a_column_needs_rows_that_runs_of_16_divide() -> None:
+    model = read_config(checkpoints.config_of("3") | {"intermediate_size": 40})
+    with pytest.raises(UsageFault, match="group 16 does not divide the 40 inputs"):
+        size.check_groups(model, parse("w4gcol-e8-rtn"))
+    size.check_groups(read_config(checkpoints.config_of("3") | {"intermediate_size": 48}), parse("w4gcol-e8-rtn"))
+
+
 def test_groups_matter_to_quantized_matrices_alone() -> None:
     model = read_config(checkpoints.config_of("3.5") | {"hidden_size": 48, "intermediate_size": 64})
     size.check_groups(model, parse("w16"))

@@ -41,6 +41,7 @@ SHIPPED = (
 """The recipes that `edgeq models show` lists."""
 COLUMN = -1
 """Group of a layout with one scale for all inputs of a row, before `Layout.of` says how many these are."""
+_SMALLEST_RUN = 16
 _MAX_LOSS = {32: 1e-3, 16: 1e-3, 8: 0.02, 6: 0.05, 5: 0.1, 4: 0.3, 3: 1.0, 2: 3.0}
 
 
@@ -76,7 +77,7 @@ class Layout:
 
     def of(self, inputs: int) -> Layout:
         """The layout for a matrix of so many inputs, which a group `COLUMN` takes all."""
-        return replace(self, group=inputs, block=inputs) if self.group == COLUMN else self
+        return replace(self, group=inputs) if self.group == COLUMN else self
 
     def stored_bits(self, scale_bits: int) -> float:
         """Bits per weight, scales and zero points counted, of a layout whose group is known.
@@ -141,7 +142,7 @@ class Recipe:
 def plain(bits: int, group: int, *, symmetric: bool = True) -> Layout:
     """Codes of so many bits and one scale per group of inputs, which may be `COLUMN`; a zero point if asymmetric."""
     word = f"w{bits}{'' if symmetric else 'a'}g{'col' if group == COLUMN else group}"
-    return Layout(word, bits, group, group, symmetric=symmetric)
+    return Layout(word, bits, group, _SMALLEST_RUN if group == COLUMN else group, symmetric=symmetric)
 
 
 def parse(name: str) -> Recipe:

@@ -13,6 +13,7 @@ from checkpoints import Build
 from edgeq import model
 from edgeq.backends.onnx import weights
 from edgeq.checkpoint import Checkpoint
+from edgeq.quantize.solution import Solution
 from edgeq.quantize.solve import solve
 from edgeq.recipe import parse
 from edgeq.size import TABLES, is_quantized
@@ -88,6 +89,7 @@ def test_packed_bytes_dequantize_to_the_solution(built: Build, tiny: Build, gene
     checkpoint, stored = Checkpoint.open(tiny(generation)), initializers(built(generation, recipe))
     for name in ("model.layers.1.mlp.down_proj.weight", TABLES[0]):
         solution = solve(checkpoint, parse(recipe), name)
+        assert isinstance(solution, Solution)
         codes = unpacked(stored[f"{name}.codes"], solution.bits).reshape(solution.codes.shape)
         np.testing.assert_array_equal(codes, solution.codes)
         np.testing.assert_array_equal(stored[f"{name}.scales"], solution.scales)
@@ -101,6 +103,7 @@ def test_packed_bytes_dequantize_to_the_solution(built: Build, tiny: Build, gene
 def test_a_column_that_is_no_power_of_two_is_stored_in_runs_that_are(tiny: Build, built_odd: Build) -> None:
     name, folder = "model.layers.0.mlp.down_proj.weight", built_odd("w4gcol-e8-mse")
     stored, solution = initializers(folder), solve(Checkpoint.open(folder.parent), parse("w4gcol-e8-mse"), name)
+    assert isinstance(solution, Solution)
     assert (solution.group, solution.scales.shape) == (96, (64, 1))
     assert stored[f"{name}.codes"].shape == (64, 3, 16)
     np.testing.assert_array_equal(stored[f"{name}.scales"], np.repeat(solution.scales, 3, axis=1))

@@ -21,7 +21,7 @@ from edgeq.model import Model
 from edgeq.quantize.solution import Solution
 from edgeq.quantize.solve import as_float, solve
 from edgeq.recipe import Recipe
-from edgeq.size import is_quantized
+from edgeq.size import is_quantized, layout_of
 
 _JOINED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -72,7 +72,7 @@ def _tensors(checkpoint: Checkpoint, recipe: Recipe, name: str) -> dict[str, NDA
     """Parameters that one name stands for: words and scales, or the values themselves."""
     model, sources = checkpoint.model, parts(checkpoint.model, name)
     quantized = is_quantized(sources[0][0])
-    if quantized and not recipe.body.is_float:
+    if quantized and not layout_of(model, recipe, sources[0][0]).is_float:
         packed = [packing.pack(_rows(solve(checkpoint, recipe, source), rows)) for source, rows in sources]
         words, scales = (np.concatenate(each) for each in zip(*packed, strict=True))
         module = name.removesuffix(".weight")
