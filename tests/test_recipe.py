@@ -57,10 +57,10 @@ def test_a_column_is_one_group_of_all_inputs_in_runs_of_a_power_of_two() -> None
     found = recipe.parse("w8gcol-e8-rtn")
     assert found.body == found.table == recipe.plain(8, recipe.COLUMN)
     assert [(made.group, made.block, made.run) for made in map(found.body.of, (896, 1024, 3072))] == [
-        *((896, 16, 128), (1024, 16, 1024), (3072, 16, 1024))
+        *((896, 16, 128), (1024, 16, 512), (3072, 16, 1024))
     ]
     assert found.body.of(896).stored_bits(32) == 8.25
-    assert found.body.of(1024).stored_bits(16) == 8 + 1 / 64
+    assert found.body.of(1024).stored_bits(16) == 8 + 1 / 32
     assert recipe.plain(4, 32).of(1024) == recipe.plain(4, 32)
 
 

@@ -41,7 +41,7 @@ SHIPPED = (
 """The recipes that `edgeq models show` lists."""
 COLUMN = -1
 """Group of a layout with one scale for all inputs of a row, before `Layout.of` says how many these are."""
-_SMALLEST_RUN = 16
+_SMALLEST_RUN, _LONGEST_GROUP = 16, 128
 _MAX_LOSS = {32: 1e-3, 16: 1e-3, 8: 0.02, 6: 0.05, 5: 0.1, 4: 0.3, 3: 1.0, 2: 3.0}
 
 
@@ -72,8 +72,8 @@ class Layout:
 
     @property
     def run(self) -> int:
-        """Inputs for which a plain group's scale is stored once: the largest power of two that divides the group."""
-        return self.group & -self.group
+        """Inputs for which a plain group's scale is stored once, as `run_of` says."""
+        return run_of(self.group)
 
     def of(self, inputs: int) -> Layout:
         """The layout for a matrix of so many inputs, which a group `COLUMN` takes all."""
@@ -89,6 +89,16 @@ class Layout:
         if self.is_ggml:
             return self.bits_of_block / self.block
         return self.bits + (scale_bits + (0 if self.symmetric else self.bits)) / self.run
+
+
+def run_of(group: int) -> int:
+    """Inputs for which the scale of a group is stored once: the largest power of two that divides it.
+
+    A long group, which is a column, has two runs at least: with one, TVM's schedule of a matrix times a vector is not
+    taken.
+    """
+    run = group & -group
+    return run // 2 if run == group > _LONGEST_GROUP else run
 
 
 FLOATS = {

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgeq.errors import UsageFault
 from edgeq.quantize.solution import Solution
+from edgeq.recipe import run_of
 
 WORD = 32
 
@@ -27,7 +28,7 @@ def middle(bits: int) -> int:
 def pack(solution: Solution) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
     """Words [outputs, inputs * bits / 32] and scales [outputs, groups] that dequantize to exactly the solution.
 
-    A group that is no power of two has its scale once for each run of the largest one that divides it.
+    A column has its scale once for each run of inputs (`recipe.run_of`).
     Raises UsageFault when the solution has zero points, for which the layout has no room.
     """
     if not solution.symmetric:
@@ -36,7 +37,7 @@ def pack(solution: Solution) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
             why="It has no zero points.",
             run=f"choose a symmetric recipe, for example w{solution.bits}g32-e8-rtn",
         )
-    solution = solution.in_groups(solution.group & -solution.group)
+    solution = solution.in_groups(run_of(solution.group))
     mirrored = np.uint8((1 << solution.bits) - 1) - solution.codes
     return words(mirrored, solution.bits), -solution.scales
 
