@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 from edgeq.errors import UsageFault
 
-METHODS = ("rtn", "mse")
+METHODS = ("rtn", "mse", "gptq", "guided")
 SHIPPED = (
     "w16",
     "w8g32-e8-rtn",
@@ -135,6 +135,16 @@ class Recipe:
     table: Layout
     method: str
     kv_bits: int = 32
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether matrices are fitted to what they read in a calibration text."""
+        return self.method in ("gptq", "guided")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the float model's states and gradients guide the fit, besides the quantized model's own states."""
+        return self.method == "guided"
 
     def __str__(self) -> str:
         cache = "" if self.kv_bits == 32 else f"-kv{self.kv_bits}"

@@ -14,6 +14,8 @@ from edgeq.bundle import Bundle, Compiled
 from edgeq.checkpoint import Checkpoint
 from edgeq.model import Model
 from edgeq.profiles import Placement
+from edgeq.quantize.kept import Solutions
+from edgeq.quantize.solution import BlockSolution, Solution
 from edgeq.recipe import Recipe
 from edgeq.target import Target
 
@@ -22,13 +24,21 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Job:
-    """One build: which checkpoint, how quantized, for which device, for how many tokens of context."""
+    """One build: which checkpoint, how quantized, for which device, for how many tokens of context.
+
+    kept: folder of the solutions that a walk found, for a calibrated recipe.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
     target: Target
     context: int
     progress: Progress
+    kept: Path | None = None
+
+    def solution(self, name: str) -> Solution | BlockSolution:
+        """Quantized form of one matrix; raises what `solve` raises."""
+        return Solutions(self.checkpoint, self.recipe, self.kept)(name)
 
 
 class Session(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -45,12 +46,7 @@ def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution | Block
     def piece(start: int) -> tuple[Solution | BlockSolution, float, float]:
         weights = checkpoint.rows(name, start, min(start + step, outputs))
         made = _quantized(weights, layout, recipe.method, name)
-        if not all(np.isfinite(getattr(made, field)).all() for field in _arrays(made)):
-            raise UnsupportedModel(
-                f"{name}: weights up to {np.abs(weights).max():.3g} are too large for {recipe}",
-                why="Their scales are beyond float16.",
-                run="edgeq build ... --recipe w16",
-            )
+        require_finite(made, weights, recipe)
         values = made.dequantize()
         return made, float(np.square(weights - values).sum()), float(np.square(weights).sum())
 
@@ -63,7 +59,7 @@ def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution | Block
             for field in _arrays(made):
                 getattr(whole, field)[start : start + step] = getattr(made, field)
             lost, total = lost + loss, total + square
-    limit = min(_LOST, _LARGEST_ERROR / 2**layout.bits * (2 if layout.group == inputs else 1))
+    limit = worst_loss(layout, inputs)
     if not lost <= limit**2 * total:
         raise GateFailed(
             f"{name}: quantizing to {layout.bits} bits lost {math.sqrt(lost / total):.1%} of the matrix",
@@ -71,6 +67,22 @@ def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution | Block
             run="download the checkpoint again, or choose a recipe with more bits",
         )
     return whole
+
+
+def worst_loss(layout: Layout, inputs: int) -> float:
+    """Largest root mean square of an error, relative to what it is an error of, that a layout may leave of a matrix."""
+    largest: float = _LARGEST_ERROR / 2**layout.bits * (2 if layout.group == inputs else 1)
+    return min(_LOST, largest)
+
+
+def require_finite(made: Solution | BlockSolution, weights: NDArray[np.float32], recipe: Recipe) -> None:
+    """Raise UnsupportedModel when a solution of some weights is not finite."""
+    if not all(np.isfinite(getattr(made, field)).all() for field in _arrays(made)):
+        raise UnsupportedModel(
+            f"{made.name}: weights up to {np.abs(weights).max():.3g} are too large for {recipe}",
+            why="Their scales are beyond float16.",
+            run="edgeq build ... --recipe w16",
+        )
 
 
 def rounded(checkpoint: Checkpoint, recipe: Recipe, name: str) -> NDArray[np.float32]:
@@ -104,10 +116,28 @@ def float_type(checkpoint: Checkpoint, recipe: Recipe, name: str) -> np.dtype[An
     return found
 
 
+def stored_exactly(checkpoint: Checkpoint, recipe: Recipe, name: str) -> bool:
+    """Whether a recipe keeps every value of a matrix."""
+    layout = layout_of(checkpoint.model, recipe, name)
+    own = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[checkpoint.dtype(name)]
+    return layout.name == "f32" or (layout.is_float and float_type(checkpoint, recipe, name).name == own)
+
+
+def part(solution: Solution | BlockSolution, rows: slice | NDArray[np.intp]) -> Solution | BlockSolution:
+    """Some rows of a solution."""
+    return _with(solution, {field: getattr(solution, field)[rows] for field in _arrays(solution)})
+
+
+def joined(parts: Sequence[Solution | BlockSolution]) -> Solution | BlockSolution:
+    """Solution with the rows of several, one below the other."""
+    fields = _arrays(parts[0])
+    return _with(parts[0], {field: np.concatenate([getattr(each, field) for each in parts]) for field in fields})
+
+
 def _quantized(weights: NDArray[np.float32], layout: Layout, method: str, name: str) -> Solution | BlockSolution:
     if layout.is_ggml:
         return ggml.unpack(ggml.quantize(weights, layout), layout, name)
-    quantize = {"rtn": rtn.quantize, "mse": mse.quantize}[method]
+    quantize = rtn.quantize if method == "rtn" else mse.quantize
     made = quantize(weights, layout.bits, layout.group, symmetric=layout.symmetric)
     return Solution(name, layout.bits, layout.group, *made)
 
@@ -115,8 +145,11 @@ def _quantized(weights: NDArray[np.float32], layout: Layout, method: str, name: 
 def _with_rows(made: Solution | BlockSolution, outputs: int) -> Solution | BlockSolution:
     """Room for a solution like another one, with so many outputs."""
     like: dict[str, NDArray[Any]] = {field: getattr(made, field) for field in _arrays(made)}
-    empty: dict[str, Any] = {field: np.empty((outputs, *rows.shape[1:]), rows.dtype) for field, rows in like.items()}
-    return dataclasses.replace(made, **empty)
+    return _with(made, {field: np.empty((outputs, *rows.shape[1:]), rows.dtype) for field, rows in like.items()})
+
+
+def _with(made: Solution | BlockSolution, arrays: dict[str, Any]) -> Solution | BlockSolution:
+    return dataclasses.replace(made, **arrays)
 
 
 def _arrays(made: Solution | BlockSolution) -> list[str]:

@@ -19,7 +19,7 @@ from edgeq.backends.base import Job
 from edgeq.backends.llamacpp import blocks, tensors, vocabulary
 from edgeq.errors import UnsupportedModel
 from edgeq.model import Model
-from edgeq.quantize.solve import PIECE, as_float, float_type, solve
+from edgeq.quantize.solve import PIECE, as_float, float_type
 from edgeq.size import is_quantized, layout_of
 from edgeq.version import VERSION
 
@@ -163,7 +163,7 @@ def _stored(job: Job, name: str) -> Iterator[NDArray[Any]]:
             rows = job.checkpoint.rows(name, start, stop)
             yield as_float(job.checkpoint, job.recipe, name, rows if order is None else rows[:, order])
     else:
-        solution = solve(job.checkpoint, job.recipe, name)
+        solution = job.solution(name)
         solution = solution if order is None else tensors.with_columns(solution, order)
         for start, stop in _pieces(model, name):
             yield blocks.pack(solution, slice(start, stop))

@@ -20,7 +20,7 @@ from edgeq.backends.base import Job
 from edgeq.backends.onnx.graph import all_positions, floats
 from edgeq.model import Model
 from edgeq.quantize.solution import Solution
-from edgeq.quantize.solve import PIECE, as_float, solve
+from edgeq.quantize.solve import PIECE, as_float
 from edgeq.size import TABLES, is_quantized, layout_of
 
 MODEL = "model.onnx"
@@ -96,7 +96,7 @@ def _quantize(data: _DataFile, job: Job, tensors: Sequence[str], users: Iterable
     """Turn MatMul into MatMulNBits and Gather into GatherBlockQuantized, both over the same bytes."""
     layout = layout_of(job.checkpoint.model, job.recipe, tensors[0])
     bits, group = layout.bits, layout.run
-    solutions = (cast(Solution, solve(job.checkpoint, job.recipe, name)) for name in tensors)
+    solutions = (cast(Solution, job.solution(name)) for name in tensors)
     parts = [solution.in_groups(group) for solution in solutions]
     level = _ACCURACY_LEVELS.get(job.target.onnx.provider, 0)
     name = tensors[0] if len(parts) == 1 else tensors[0].replace("q_proj", "qkv_proj")
