@@ -30,7 +30,8 @@ BITS_APART = 0.02
 class Loss(msgspec.Struct, frozen=True, kw_only=True):
     """KL divergence of one side from the float32 model, nats per token, by order of hidden units and window.
 
-    `bits` for each of the model's weights, and `bytes`, of all weights with their scales. Without `kl`, the reason.
+    `bits` for each of the model's weights with their scales, a tied table counted once even where an artifact holds it
+    a second time for its rows; `bytes` that the artifact really stores. Without `kl`, the reason.
     """
 
     model: str
@@ -69,7 +70,7 @@ def _side(
     side: Side, model: str, shuffled: Sequence[Checkpoint], known: dict[str, NDArray[np.float32]], scratch: Path
 ) -> Iterator[Loss]:
     found: dict[tuple[str, str], list[tuple[float, ...]]] = {}
-    size = 0
+    size = counted = 0
     try:
         for checkpoint in shuffled:
             with files.scratch(scratch) as out:
@@ -77,13 +78,14 @@ def _side(
                 for how in side.peer.HOWS:
                     with Served(side.run(out, how), side.environment()) as served:
                         size = served.weights_bytes
+                        counted = served.read_bytes if checkpoint.model.tied else size
                         for text, reference in known.items():
                             logits = served.logits(scratch / f"{text}.npy", scratch)
                             found.setdefault((text, how), []).append(tuple(divergence(reference, logits).tolist()))
     except Unavailable as missing:
         yield Loss(model=model, text="", how="", side=str(side), reason=str(missing))
         return
-    bits = 8 * size / shuffled[0].model.parameters
+    bits = 8 * counted / shuffled[0].model.parameters
     for (text, how), samples in found.items():
         yield Loss(model=model, text=text, how=how, side=str(side), bits=bits, bytes=size, kl=tuple(samples))
 

@@ -22,8 +22,8 @@ AS_RUN, WEIGHTS_ONLY = "as run", "weights only"
 class Engine(Protocol):
     """A loaded model.
 
-    weights_bytes: of all its weights with their scales, a table that serves twice counted once; read_bytes: of those
-    that a decoded token reads.
+    weights_bytes: of all weights that it stores, with their scales; read_bytes: of those that a decoded token reads in
+    full, so without a table that only gives rows.
     """
 
     weights_bytes: int
