@@ -70,13 +70,14 @@ def measure(sides: Sequence[Side], checkpoint: Checkpoint, model: str, folder: P
             except Unavailable as missing:
                 served.pop(side, None)
                 yield Speed(model=model, side=str(side), words=side.words, reason=str(missing))
-        limit = bandwidth.measure(physical_cores())
+        limit = 0.0
         samples: dict[Side, list[tuple[float, float]]] = {side: [] for side in served}
         load = []
         order = list(served)
         for turn in range(rounds):
             print(f"bench_peers: {model}, round {turn + 1} of {rounds}", file=sys.stderr)
             load.append(os.getloadavg()[0])
+            limit = max(limit, bandwidth.measure(physical_cores()))
             for side in order:
                 samples[side].append(speeds(served[side].moments(prompt, 1), served[side].moments(short, TOKENS + 1)))
             order = [*order[1:], order[0]]

@@ -23,7 +23,7 @@ from edgeq.backends.llamacpp.session import LlamaSession, _listen
 from edgeq.bundle import Bundle
 from edgeq.checkpoint import Checkpoint
 from edgeq.machine import physical_cores
-from edgeq.size import TABLES, is_quantized
+from edgeq.size import TABLES
 from peers import arithmetic, serving
 
 CONFIG = "config.json"
@@ -63,8 +63,8 @@ def mean_squares(checkpoint: Checkpoint, windows: NDArray[np.int32]) -> dict[str
 
         return hook
 
-    for name in checkpoint.model.tensors():
-        if is_quantized(name) and name not in TABLES:
+    for name, shape in checkpoint.model.tensors().items():
+        if len(shape) == 2 and name not in TABLES:
             model.get_submodule(name.removesuffix(".weight")).register_forward_pre_hook(collect(name))
     with torch.inference_mode():
         for window in windows:

@@ -100,8 +100,8 @@ class Engine:
             openvino_genai.TokenizedInputs(prompt, mask), openvino_genai.GenerationConfig(**words)
         )
         elapsed = time.perf_counter() - started
-        steps = np.array(result.perf_metrics.raw_metrics.m_durations) / 1e6
-        found: list[float] = (elapsed - steps.sum() + np.cumsum(steps)).tolist()
+        steps = np.array(result.perf_metrics.raw_metrics.m_durations) / 1e6  # between tokens
+        found: list[float] = (elapsed - steps.sum() + np.array([0, *np.cumsum(steps)])).tolist()
         return found
 
 
