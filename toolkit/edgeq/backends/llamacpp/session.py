@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq import recipe
+from edgeq.backends.base import DRAFT
 from edgeq.backends.llamacpp import devices
 from edgeq.backends.llamacpp.gguf import MODEL
 from edgeq.bundle import Bundle
@@ -41,16 +42,22 @@ class LlamaSession:
     without.
     Raises BackendFault when llama.cpp refuses the model, OutOfMemory when it finds no room for the cache, UsageFault
     when tokens exceed the bundle's context.
+
+    Tokens are taken back by removing them from the cache. The recurrent states of Qwen3.5 are kept after each of the
+    last tokens for that (llama.cpp's `n_rs_seq`), in a context of its own: plain decoding does without that memory.
     """
+
+    one_way: str | None = None
 
     def __init__(self, folder: Path, bundle: Bundle) -> None:
         import llama_cpp
 
         _listen()
         self._context_limit = bundle.context
-        self._vocab = read_config(bundle.config).vocab
+        model = read_config(bundle.config)
+        self._vocab, self._recurrent = model.vocab, model.linear is not None
         self._kv_bits = recipe.parse(bundle.recipe).kv_bits
-        self._capacity = self._length = 0
+        self._capacity = self._length = self._kept_states = 0
         self._context: Any = None
         self._batch: Any = None
         parameters = llama_cpp.llama_model_default_params()
@@ -98,6 +105,28 @@ class LlamaSession:
             found[start : start + len(part)] = self._step(part, keep=len(part))
         return found
 
+    def begin(self, tokens: int) -> None:
+        """Forget everything, and have room for `tokens` tokens."""
+        self._reset(tokens, DRAFT if self._recurrent else 0)
+
+    def advance(self, ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+        """Logits [keep, vocabulary] after the last of some tokens, valid until the next step."""
+        for start in range(0, len(ids), CHUNK):
+            part = ids[start : start + CHUNK]
+            logits = self._step(part, keep)
+        return logits
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens; raises BackendFault when llama.cpp cannot."""
+        import llama_cpp
+
+        if not count:
+            return
+        self._length -= count
+        memory = llama_cpp.llama_get_memory(self._context)
+        if not llama_cpp.llama_memory_seq_rm(memory, 0, self._length, -1):
+            raise BackendFault(f"llama.cpp cannot take back {count} tokens", run="edgeq verify BUNDLE")
+
     def close(self) -> None:
         """Release the model and its context."""
         import llama_cpp
@@ -117,8 +146,8 @@ class LlamaSession:
             llama_cpp.llama_free(self._context)
             self._context = None
 
-    def _reset(self, capacity: int) -> None:
-        """Empty states with room for `capacity` tokens."""
+    def _reset(self, capacity: int, kept_states: int = 0) -> None:
+        """Empty states with room for `capacity` tokens, and recurrent ones for the last `kept_states` tokens too."""
         import llama_cpp
 
         if capacity > self._context_limit:
@@ -127,7 +156,7 @@ class LlamaSession:
                 run="edgeq build ... --context with a larger number",
             )
         self._length = 0
-        if self._context and capacity <= self._capacity:
+        if self._context and capacity <= self._capacity and kept_states == self._kept_states:
             llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
             return
         self._release()
@@ -135,6 +164,7 @@ class LlamaSession:
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = self._capacity
         parameters.n_batch = parameters.n_ubatch = CHUNK
+        parameters.n_rs_seq = self._kept_states = kept_states
         parameters.n_threads = parameters.n_threads_batch = physical_cores()
         parameters.type_k = parameters.type_v = _KV_TYPES[self._kv_bits]
         if not self._chosen:
