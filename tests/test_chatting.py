@@ -202,3 +202,26 @@ def test_closing_the_chat_closes_the_session(folder: Path, monkeypatch: pytest.M
     chat, session = scripted(folder, monkeypatch, [])
     chat.close()
     assert session.closed
+
+
+def test_lookup_answers_the_same_in_fewer_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    null_bundles.write(folder, template=THINKING)
+    chat, led = Chat(folder), Chat(folder, lookup=True)
+    begun: list[int] = []
+    monkeypatch.setattr(NullSession, "begin", lambda self, tokens: begun.append(tokens))
+    wanted = "".join(chat.reply(HELLO, 20))
+    assert not begun
+    assert "".join(led.reply(HELLO, 20)) == wanted
+    assert len(begun) == 1
+    assert led.no_lookup is None
+
+
+def test_lookup_on_a_session_that_cannot_take_tokens_back_is_plain_and_says_why(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    null_bundles.write(folder, template=THINKING)
+    monkeypatch.setattr(NullSession, "one_way", "it only counts")
+    chat = Chat(folder, lookup=True)
+    assert chat.no_lookup == "it only counts"
+    assert "".join(chat.reply(HELLO, 20)) == "".join(Chat(folder).reply(HELLO, 20))
+    assert Chat(folder).no_lookup is None
