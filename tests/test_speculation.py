@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from edgeq import speculation
-from edgeq.backends.base import DRAFT
+from edgeq.backends.base import DRAFT, Drafter
 from edgeq.backends.null import NullSession
 from edgeq.errors import UsageFault
 from edgeq.speculation import Lookup
@@ -81,7 +81,7 @@ class Silent:
         return []
 
 
-def joined(session: Remembering, ids: Sequence[int], tokens: int, drafter: speculation.Drafter) -> list[int]:
+def joined(session: Remembering, ids: Sequence[int], tokens: int, drafter: Drafter) -> list[int]:
     return [token for step in speculation.steps(session, ids, tokens, drafter) for token in step]
 
 

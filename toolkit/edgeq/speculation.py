@@ -9,19 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
-from edgeq.backends.base import DRAFT, Session
+from edgeq.backends.base import DRAFT, Drafter, Session
 
 SIZES = (3, 2, 1)
-
-
-class Drafter(Protocol):
-    """What guesses the next tokens."""
-
-    def guess(self, found: Sequence[int], most: int) -> Sequence[int]:
-        """At most `most` tokens that may follow when `found` is put behind all the tokens of earlier calls."""
-        ...
 
 
 class Lookup:
@@ -76,13 +67,15 @@ def steps(session: Session, ids: Sequence[int], tokens: int, drafter: Drafter) -
     unseen, trust = [*ids, *found], 0
     yield found
     while tokens := tokens - len(found):
-        guess = drafter.guess(unseen, DRAFT)
-        draft = guess[: min(trust, tokens - 1)]
+        length = min(trust, tokens - 1)
+        guess = drafter.guess(unseen, max(length, 1))
+        draft = guess[:length]
         likeliest = session.advance([found[-1], *draft], 1 + len(draft)).argmax(axis=1).tolist()
         right = _agreement(draft, likeliest)
         session.rewind(len(draft) - right)
         unseen = found = likeliest[: right + 1]
-        trust = min(trust + len(found), DRAFT) if _agreement(guess, found) == len(found) else right
+        held = _agreement(guess, found)
+        trust = min(trust + len(found), DRAFT) if held == len(guess) > 0 else held
         yield found
 
 

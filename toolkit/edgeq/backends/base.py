@@ -33,6 +33,14 @@ class Job:
     progress: Progress
 
 
+class Drafter(Protocol):
+    """What guesses the next tokens."""
+
+    def guess(self, found: Sequence[int], most: int) -> Sequence[int]:
+        """At most `most` tokens that may follow when `found` is put behind all the tokens of earlier calls."""
+        ...
+
+
 class Session(Protocol):
     """A loaded bundle: token ids in, token ids and logits out.
 
@@ -56,6 +64,10 @@ class Session(Protocol):
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits after each token, shape [len(ids), vocabulary]."""
+        ...
+
+    def drafter(self) -> Drafter | None:
+        """The model's own for the text that begins next, such as a multi-token-prediction head; None without one."""
         ...
 
     def begin(self, tokens: int) -> None:

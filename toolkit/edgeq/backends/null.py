@@ -50,6 +50,9 @@ class NullSession:
         found[np.arange(len(ids)), (np.asarray(ids) + 1) % self.vocab] = FAVOUR
         return found
 
+    def drafter(self) -> None:
+        """The model brings none here."""
+
     def begin(self, tokens: int) -> None:
         """Nothing to forget, and room for everything."""
 

@@ -77,6 +77,9 @@ class MlcSession:
         """MLC's own object for the states of linear attention keeps one of them."""
         return "mlc_llm's linear attention keeps no state to go back to" if self._has_rnn_state() else None
 
+    def drafter(self) -> None:
+        """The model brings none here."""
+
     def begin(self, tokens: int) -> None:
         """Forget everything, and have room for `tokens` tokens."""
         self._reset(tokens)

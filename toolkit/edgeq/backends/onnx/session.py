@@ -84,6 +84,9 @@ class OnnxSession:
             return None
         return "the bundle's graph gives the last token's logits alone: build it again"
 
+    def drafter(self) -> None:
+        """The model brings none here."""
+
     def begin(self, tokens: int) -> None:
         """Forget everything, and have room for `tokens` tokens."""
         self._load(MODEL)
