@@ -45,7 +45,7 @@ def assert_same_or_tied(session: Session, prompt: Sequence[int], tokens: int, ti
     tie: most that the two logits may differ by.
     """
     plain = list(session.generate(prompt, tokens))
-    guessed = list(speculation.generate(session, prompt, tokens))
+    guessed = list(speculation.generate(session, prompt, tokens, "lookup"))
     assert len(guessed) == tokens
     if guessed == plain:
         return True

@@ -97,7 +97,7 @@ def test_tokens_are_those_of_plain_decoding_whatever_is_drafted(every: int, toke
 def test_lookup_never_changes_the_tokens(ids: list[int], tokens: int, vocab: int) -> None:
     session = Remembering()
     session.vocab = vocab
-    assert list(speculation.generate(session, ids, tokens)) == list(session.generate(ids, tokens))
+    assert list(speculation.generate(session, ids, tokens, "lookup")) == list(session.generate(ids, tokens))
 
 
 def test_a_drafter_that_is_never_right_costs_no_draft() -> None:
@@ -136,13 +136,13 @@ def test_no_token_is_asked_for_beyond_the_last(tokens: int) -> None:
 def test_a_text_longer_than_the_context_is_refused_before_anything_runs() -> None:
     session = Remembering(context=20)
     with pytest.raises(UsageFault):
-        next(speculation.generate(session, [1] * 10, 11))
+        next(speculation.generate(session, [1] * 10, 11, "lookup"))
 
 
 def test_a_session_that_cannot_go_back_decodes_plainly() -> None:
     session = Remembering()
     session.one_way = "no way back"
-    assert list(speculation.generate(session, [1, 2], 9)) == list(session.generate([1, 2], 9))
+    assert list(speculation.generate(session, [1, 2], 9, "lookup")) == list(session.generate([1, 2], 9))
     assert session.steps == []
 
 

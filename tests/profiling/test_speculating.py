@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import msgspec
 import pytest
@@ -121,3 +122,27 @@ def test_a_backend_that_stops_early_is_a_fault(monkeypatch: pytest.MonkeyPatch) 
 
     with pytest.raises(BackendFault, match="13 of 16 tokens"):
         _measure(Short(300))
+
+
+class _Headed(_Counter):
+    """Has a head of its own, which knows what this model does."""
+
+    def drafter(self) -> Any:
+        class Head:
+            def guess(self, found: Sequence[int], most: int) -> list[int]:
+                return [(found[-1] + n) % 300 for n in range(1, most + 1)]
+
+        return Head()
+
+
+def test_a_head_is_measured_beside_lookup_with_the_same_plain_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    _calm(monkeypatch)
+    session = _Headed()
+    done = _measure(session)
+    assert (session.plain, session.led) == (6, 12)
+    found = {(row.method, row.text): row for row in rows.speculation(done, 3)}
+    assert set(found) == {(method, text) for method in speculating.METHODS.values() for text in speculating.TEXTS}
+    head, lookup = found["prediction head", "ordinary"], found["prompt lookup", "ordinary"]
+    assert head.tokens_per_step > 3 > lookup.tokens_per_step == 1
+    assert head.plain_tokens_per_s == lookup.plain_tokens_per_s
+    assert all(row.same == 1 for row in found.values())

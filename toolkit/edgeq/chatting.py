@@ -22,12 +22,12 @@ class GenerationConfig(msgspec.Struct):
 class Chat:
     """A loaded bundle that answers messages; close it when done."""
 
-    def __init__(self, folder: Path, *, lookup: bool = False) -> None:
+    def __init__(self, folder: Path, *, draft: str | None = None) -> None:
         """Check and load a bundle; raises DigestMismatch when its bytes changed, UsageFault without a template.
 
-        With `lookup`, tokens are guessed from the conversation and checked several at once; `no_lookup` says why not,
-        where the engine cannot. It is not the default, since engines round: of two tokens that are equally likely to
-        within that, it may take the other one than decoding one by one does (see `speculation.generate`).
+        With `draft`, `lookup` or `head`, tokens are guessed that way and checked several at once; `no_draft` says why
+        not, where the engine cannot. It is not the default, since engines round: of two tokens that are equally likely
+        to within that, it may take the other one than decoding one by one does (see `speculation.generate`).
         """
         from tokenizers import Tokenizer
 
@@ -44,8 +44,8 @@ class Chat:
             raise CorruptInput(f"{folder / 'tokenizer.json'}: not a tokenizer", why=str(error)) from error
         self._stops = _stops(folder, self._tokenizer)
         self._session = backends.get(made.backend).load(folder, made)
-        self.no_lookup = self._session.one_way if lookup else None
-        self._generate = partial(speculation.generate, self._session) if lookup else self._session.generate
+        self.no_draft = self._session.one_way if draft else None
+        self._generate = partial(speculation.generate, self._session, way=draft) if draft else self._session.generate
         self.placement = self._session.placement
         self.target, self.provider = made.target, made.provider
         self.elsewhere = _elsewhere(made, profiles.provider(self.placement))

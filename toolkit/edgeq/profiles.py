@@ -81,7 +81,8 @@ class Decode(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Speculation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Speed of writing n = `tokens` with some guessed and checked several in a step, and of plain decoding beside it.
 
-    The two ways took turns on the same prompts of `prompt` tokens. text: "ordinary" (held-out text to be continued) or
+    The two ways took turns on the same prompts of `prompt` tokens. method: "prompt lookup", or "prediction head"
+    (Qwen3.5's own for several tokens). text: "ordinary" (held-out text to be continued) or
     "repeating" (a shorter passage of it, two and a half times). tokens_per_step: mean; plain decoding writes 1. same:
     share of the continuations whose tokens were all those of plain decoding. valid: enough were undisturbed.
     """

@@ -99,7 +99,7 @@ def test_lookup_and_plain_decoding_do_without_the_head(session: Any) -> None:
     """It is loaded when first asked for, and serves one text."""
     layers = session.placement[0].bytes
     plain = list(session.generate(IDS[:20], 10))
-    list(speculation.generate(session, IDS[:20], 10))
+    list(speculation.generate(session, IDS[:20], 10, "lookup"))
     assert session._head is None
     assert session._with_head is False
     session.drafter()

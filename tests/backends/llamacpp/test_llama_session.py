@@ -324,7 +324,7 @@ def test_prompt_lookup_gives_the_tokens_of_plain_decoding(opened: Open, generati
     session = opened(generation, "f32")
     for start in range(0, 100, 20):
         prompt = [*IDS[start : start + 20], *IDS[start : start + 11]]
-        assert list(speculation.generate(session, prompt, 60)) == list(session.generate(prompt, 60))
+        assert list(speculation.generate(session, prompt, 60, "lookup")) == list(session.generate(prompt, 60))
 
 
 def test_only_drafting_keeps_states_to_go_back_to(opened: Open) -> None:

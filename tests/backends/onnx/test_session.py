@@ -138,14 +138,14 @@ def test_prompt_lookup_gives_the_tokens_of_plain_decoding(built: Build, generati
     session = load(built(generation, "w16"))
     for start in range(0, 100, 20):
         prompt = [*IDS[start : start + 20], *IDS[start : start + 11]]
-        assert list(speculation.generate(session, prompt, 60)) == list(session.generate(prompt, 60))
+        assert list(speculation.generate(session, prompt, 60, "lookup")) == list(session.generate(prompt, 60))
 
 
 def test_prompt_lookup_fills_the_context_to_its_end(built: Build) -> None:
     session = load(built("3.5", "w4g32-e8-rtn"))
-    assert len(list(speculation.generate(session, IDS[:50], 206))) == 206
+    assert len(list(speculation.generate(session, IDS[:50], 206, "lookup"))) == 206
     with pytest.raises(UsageFault, match="context of 256"):
-        next(speculation.generate(session, IDS[:50], 207))
+        next(speculation.generate(session, IDS[:50], 207, "lookup"))
 
 
 def test_a_bundle_without_a_choice_of_logits_says_so_and_decodes_plainly(built: Build, tmp_path: Path) -> None:
@@ -155,4 +155,4 @@ def test_a_bundle_without_a_choice_of_logits_says_so_and_decodes_plainly(built: 
     shutil.copy(old / "scorer.onnx", old / "model.onnx")
     session = load(old)
     assert "build it again" in (session.one_way or "")
-    assert list(speculation.generate(session, IDS[:20], 5)) == list(load(folder).generate(IDS[:20], 5))
+    assert list(speculation.generate(session, IDS[:20], 5, "lookup")) == list(load(folder).generate(IDS[:20], 5))

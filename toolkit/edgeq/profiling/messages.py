@@ -85,6 +85,7 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Guessed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
     """One continuation of a text decoded plainly and with guessed tokens, and whether all tokens were the `same`."""
 
+    method: str
     text: str
     plain: Timed
     drafted: Timed

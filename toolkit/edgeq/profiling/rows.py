@@ -50,17 +50,17 @@ def decode(groups: Sequence[Sequence[Timed]]) -> tuple[Decode, ...]:
 
 
 def speculation(done: Sequence[Guessed], wanted: int) -> tuple[Speculation, ...]:
-    """Row of each text; a continuation is undisturbed when both ways of writing it were."""
+    """Row of each method and text."""
     found = []
-    for text in dict.fromkeys(one.text for one in done):
-        made = [one for one in done if one.text == text]
-        valid = [one for one in made if one.plain.repetition.valid and one.drafted.repetition.valid]
+    for method, text in sorted({(one.method, one.text) for one in done}, reverse=True):
+        made = [one for one in done if (one.method, one.text) == (method, text)]
+        valid = [one for one in made if undisturbed(one)]
         group = valid if len(valid) >= wanted else made
         few = f"{len(valid)} of {len(made)} continuations were undisturbed, {wanted} are wanted"
         first, steps = group[0].drafted.repetition, sum(len(one.drafted.gaps_s) for one in group)
         found.append(
             Speculation(
-                method="prompt lookup",
+                method=method,
                 text=text,
                 prompt=first.depth,
                 tokens=first.tokens,
@@ -73,6 +73,11 @@ def speculation(done: Sequence[Guessed], wanted: int) -> tuple[Speculation, ...]
             )
         )
     return tuple(found)
+
+
+def undisturbed(one: Guessed) -> bool:
+    """Whether a continuation was, in both ways of writing it."""
+    return one.plain.repetition.valid and one.drafted.repetition.valid
 
 
 def _tokens_per_s(group: Sequence[Timed]) -> Spread:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from edgeq import speculation
 from edgeq.errors import BackendFault
+from edgeq.profiling import rows
 from edgeq.profiling.messages import Guessed, Timed
 from edgeq.profiling.repetitions import Configuration, Stopwatch
 
 TEXTS = ("repeating", "ordinary")
+METHODS = {"lookup": "prompt lookup", "head": "prediction head"}
 _PROMPT = 128
 _TOKENS = 64
 _REPEATS = 2.5
@@ -37,33 +39,44 @@ def measure(
     repetitions: int,
     say: Callable[[int, int], None],
 ) -> tuple[Guessed, ...]:
-    """Repetitions of both ways to decode, in turn, each on a window of its own: prompt of `tokens`, `written` decoded.
+    """Repetitions of all ways to decode, in turn, each on a window of its own: prompt of `tokens`, `written` decoded.
 
     At most 64 tokens are decoded after a prompt of at most 128. Rounds go on until each text has enough undisturbed
     repetitions, at most three times as many, and end 60 s after the start but for the first.
     """
     done: list[Guessed] = []
     written, deadline = min(written, _TOKENS), time.perf_counter() + _LONGEST_S
+    ways = [way for way in METHODS if way != "head" or watch.session.drafter()]
     for attempt in range(3 * repetitions):
         for text in TEXTS:
             ids = prompt(text, windows[attempt % len(windows)], tokens)
-            done.append(_both(watch, text, ids, written, attempt))
+            done += _each(watch, ways, text, ids, written, attempt)
         say(min(attempt + 1, repetitions), repetitions)
-        valid = [one.text for one in done if one.plain.repetition.valid and one.drafted.repetition.valid]
-        if min(map(valid.count, TEXTS)) >= repetitions or time.perf_counter() > deadline:
+        valid = [(one.method, one.text) for one in done if rows.undisturbed(one)]
+        if min(valid.count((METHODS[way], text)) for way in ways for text in TEXTS) >= repetitions:
+            break
+        if time.perf_counter() > deadline:
             break
     return tuple(done)
 
 
-def _both(watch: Stopwatch, text: str, ids: Sequence[int], written: int, attempt: int) -> Guessed:
-    """One repetition, the two ways in another order each time."""
-    ways: list[Callable[[], Iterator[Sequence[int]]]] = [
-        lambda: ([token] for token in watch.session.generate(ids, written)),
-        lambda: speculation.steps(watch.session, ids, written, speculation.Lookup()),
-    ]
-    found = {way: _timed(watch, ways[way](), len(ids), written, attempt) for way in (attempt % 2, 1 - attempt % 2)}
-    (plain, expected), (drafted, tokens) = found[0], found[1]
-    return Guessed(text=text, plain=plain, drafted=drafted, same=tokens == expected)
+def _each(
+    watch: Stopwatch, ways: Sequence[str], text: str, ids: Sequence[int], written: int, attempt: int
+) -> Iterator[Guessed]:
+    """One repetition of plain decoding and of each way to guess, in another order each time."""
+
+    def steps(way: str | None) -> Iterator[Sequence[int]]:
+        if way is None:
+            return ([token] for token in watch.session.generate(ids, written))
+        return speculation.steps(watch.session, ids, written, speculation.drafter(watch.session, way))
+
+    order = [None, *ways]
+    start = attempt % len(order)
+    found = {way: _timed(watch, steps(way), len(ids), written, attempt) for way in order[start:] + order[:start]}
+    plain, expected = found[None]
+    for way in ways:
+        drafted, tokens = found[way]
+        yield Guessed(method=METHODS[way], text=text, plain=plain, drafted=drafted, same=tokens == expected)
 
 
 def _timed(
