@@ -153,18 +153,23 @@ def run(
     prompt: Annotated[str | None, typer.Argument(help="Chat when left out.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Where the template has the switch.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Guess tokens and check them at once: lookup (what repeats) or head (Qwen3.5's).")
+    ] = None,
     accelerator: Accelerator = False,
 ) -> None:
     """Talk to a bundle through its own chat template."""
     from edgeq.chatting import Chat
     from edgeq.profiles import require_accelerator
 
-    chat = Chat(bundle)
+    chat = Chat(bundle, draft=draft)
     try:
         if accelerator:
             require_accelerator(chat.placement, chat.target, chat.provider)
         if chat.elsewhere:
             _say(chat.elsewhere)
+        if chat.no_draft:
+            _say(f"decoding goes token by token: {chat.no_draft}")
         messages: list[dict[str, str]] = []
         for question in [prompt] if prompt is not None else _questions():
             messages.append({"role": "user", "content": question})

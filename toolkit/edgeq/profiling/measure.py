@@ -124,6 +124,8 @@ def _row(
         first_token_from=first_token_from,
         prefill=rows.prefill(prefills),
         decode=rows.decode(decodes),
+        speculation=rows.speculation(speed.guessed, plan.repetitions) or None,
+        speculation_reason=speed.guessed_reason,
         memory=_memory(manifest, speed),
         energy=speed.energy,
         accuracy=loss,
