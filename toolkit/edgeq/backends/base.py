@@ -21,14 +21,26 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class CacheRanges:
+    """Largest magnitudes of keys, at any rotation, and of values: float32 [layers with attention, heads, head size]."""
+
+    keys: NDArray[np.float32]
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Job:
-    """One build: which checkpoint, how quantized, for which device, for how many tokens of context."""
+    """One build: which checkpoint, how quantized, for which device, for how many tokens of context.
+
+    `cache` is what calibration saw, for caches that need it; None: the backend calibrates its own.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
     target: Target
     context: int
     progress: Progress
+    cache: CacheRanges | None = None
 
 
 class Session(Protocol):

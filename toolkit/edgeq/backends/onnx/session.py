@@ -22,7 +22,7 @@ from edgeq.profiles import Placement
 PROMPT_CHUNK = 512
 SCORE_CHUNK = 128
 _FIND = {"cpu": device.cpu, "webgpu": webgpu.find, "cuda": cuda.find}
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 _LAYER = re.compile(r"/model/layers\.(\d+)/|/lm_head/")
 
 
