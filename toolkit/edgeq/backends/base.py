@@ -25,10 +25,19 @@ DRAFT = 7
 
 
 @dataclass(frozen=True)
+class CacheRanges:
+    """Largest magnitudes of keys, at any rotation, and of values: float32 [layers with attention, heads, head size]."""
+
+    keys: NDArray[np.float32]
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Job:
     """One build: which checkpoint, how quantized, for which device, for how many tokens of context.
 
-    kept: folder of the solutions that a walk found, for a calibrated recipe.
+    kept: folder of the solutions that a walk found, for a calibrated recipe; cache: what calibration saw, for caches
+    that need it; None: the backend calibrates its own.
     """
 
     checkpoint: Checkpoint
@@ -37,6 +46,7 @@ class Job:
     context: int
     progress: Progress
     kept: Path | None = None
+    cache: CacheRanges | None = None
 
     def solution(self, name: str) -> Solution | BlockSolution:
         """Quantized form of one matrix; raises what `solve` raises."""

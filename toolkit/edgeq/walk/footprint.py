@@ -26,14 +26,14 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
     with the float model's, their factor, and what factoring takes.
     """
     shapes = model.tensors()
-    layers = [0] * model.layers
+    layers: list[int] = [0] * model.layers
     for name, shape in shapes.items():
         if name.startswith("model.layers."):
-            layers[int(name.split(".")[2])] += int(math.prod(shape))
-    table = max(int(math.prod(shapes[name])) for name in TABLES if name in shapes)
+            layers[int(name.split(".")[2])] += math.prod(shape)
+    table: int = max(math.prod(shapes[name]) for name in TABLES if name in shapes)
     models = 1 if recipe is None else 2
-    total = _LIBRARY_BYTES + _FLOAT * models * (max(layers) + model.hidden * int(held.windows.size))
-    ends = _FLOAT * (2 + models) * max(LOGITS, held.windows.shape[1] * model.vocab)
+    total: int = _LIBRARY_BYTES + _FLOAT * models * (max(layers) + model.hidden * int(held.windows.size))
+    ends: int = _FLOAT * (2 + models) * max(LOGITS, held.windows.shape[1] * model.vocab)
     if recipe is None:
         return total + ends
     ends += 2 * table if recipe.table.is_float else table
@@ -41,7 +41,7 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
         return total + ends
     inputs = max(shape[1] for name, shape in shapes.items() if is_quantized(name) and name not in TABLES)
     sides = 2 if recipe.guided else 1
-    solving = _FLOAT * inputs * ((3 + sides) * inputs + 8 * physical_cores() * _ROWS)
+    solving: int = _FLOAT * inputs * ((3 + sides) * inputs + 8 * physical_cores() * _ROWS)
     return total + _FLOAT * sides * model.hidden * tokens + max(solving, ends)
 
 
