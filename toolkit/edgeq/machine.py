@@ -14,7 +14,7 @@ from edgeq import nvml
 
 ROOT = Path("/")
 SAME_CLUSTER = 0.9  # cores of one kind differ by a few per cent: favoured cores, binning
-_WORTH_MORE = 1.2  # RK3588: eight cores are worth 1.04 times its four big ones, and were half as fast (llama.cpp 7176)
+_WORTH_MORE = 1.2  # RK3588: eight cores are worth 1.06 times its four big ones, and were half as fast (llama.cpp 7176)
 _MOST_CPUS = 8192
 _X86_ISA = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx_vnni_int8"),
