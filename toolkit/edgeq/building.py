@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from edgeq import accuracy, backends, bundle, calibration, chat, data, gate, sources, store
+from edgeq import accuracy, backends, bundle, calibration, chat, choosing, data, gate, sources, store
 from edgeq.accuracy import Reference
 from edgeq.backends.base import Backend, Job, Progress
 from edgeq.bundle import Bundle, Gate, MemoryPlan, Source
@@ -30,6 +30,7 @@ from edgeq.walk.run import Walked
 
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _TEMPLATE = "chat_template.jinja"
+_CHOICES = 3
 _MORE_BITS = "choose a recipe with more bits (edgeq models show MODEL), or allow the loss with --max-loss"
 _BROKEN = "report it with the output of edgeq doctor; another recipe may work"
 
@@ -92,8 +93,17 @@ def build(work: Plan, progress: Progress) -> Built:
         source, text, kept = origin.source(checkpoint), None, None
         if work.calibration is not None:
             text = calibration.read(checkpoint, work.calibration, source.kind == "demo", checkpoint.model.context, step)
-            kept = stack.enter_context(store.resumable(folder.parent, _walk_key(work, source, text)))
-        walked = walk.quantize(checkpoint, work.recipe, held, None if text is None else text.windows, kept, step)
+        found = choosing.measure(work, checkpoint, text, step) if text is not None and work.recipe.mixed else None
+        scale = 1.0
+        for _ in range(_CHOICES):
+            if found is not None:
+                work, predicted = choosing.settle(work, found, scale)
+            if text is not None:
+                kept = stack.enter_context(store.resumable(folder.parent, _walk_key(work, source, text)))
+            walked = walk.quantize(checkpoint, work.recipe, held, None if text is None else text.windows, kept, step)
+            if found is None or not work.loss_is_budget or walked.weights_only <= work.max_loss:
+                break
+            scale *= walked.weights_only / predicted
         _copy_side_files(checkpoint, template, folder)
         compiled = engine.build(Job(checkpoint, work.recipe, work.target, work.context, step, kept), folder)
         accuracy.save(walked.reference, folder / bundle.REFERENCE)
@@ -142,7 +152,8 @@ def _gate(
 
 def _walk_key(work: Plan, source: Source, text: Calibration) -> str:
     """Digest of all that a walk's result depends on."""
-    parts = (VERSION, str(work.recipe), text.sha256, str(text.windows.shape), str(work.context))
+    layouts = " ".join(layout.name for _, layout in work.recipe.chosen)
+    parts = (VERSION, str(work.recipe), layouts, text.sha256, str(text.windows.shape), str(work.context))
     return hashlib.sha256("\n".join((*parts, *(file.sha256 for file in source.files))).encode()).hexdigest()[:16]
 
 
@@ -183,6 +194,7 @@ def _describe(
         tools=tools,
         notes=work.notes,
         files=bundle.files_in(folder),
+        layouts={name: layout.name for name, layout in work.recipe.chosen} or None,
         gate=Gate.failed("not run yet", 0.0, work.max_loss, ""),
     )
 

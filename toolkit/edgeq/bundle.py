@@ -115,6 +115,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     kernels: Literal["compiled", "unchecked"] | None = None
     memory: MemoryPlan | None = None
     calibration: Calibration | None = None
+    layouts: dict[str, str] | None = None
 
     @property
     def bytes(self) -> int:

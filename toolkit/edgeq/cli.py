@@ -87,7 +87,7 @@ def build(
     json: Json = False,
 ) -> None:
     """Quantize a checkpoint, build it for a device, and refuse a broken result."""
-    from edgeq import building, planning, sheets, tables, units
+    from edgeq import building, choosing, planning, sheets, tables, units
 
     _need(target, "--target", "edgeq targets list")
     _need(model, "MODEL", "edgeq models list")
@@ -106,6 +106,8 @@ def build(
     for note in plan.notes:
         _say(note)
     if dry_run:
+        with _progress() as progress:
+            plan = choosing.preview(plan, progress)
         _show(sheets.plan(plan), json, tables.plan)
         return
     with _progress() as progress:

@@ -15,6 +15,7 @@ from edgeq.recipe import Recipe
 from edgeq.target import Target
 
 CONTEXT = 4096
+MIX = "mix-guided"
 SHORTEST_CONTEXT = 2 * accuracy.PROMPT + accuracy.CONTINUATION
 
 
@@ -23,7 +24,8 @@ class Plan:
     """One build: `model` as it was named, `shape` what that is.
 
     `calibration` is the text that a calibrated recipe is fitted to. `bytes` of weights and `bits_per_weight` are
-    predictions, `context` counts tokens, `max_loss` is in nats per token, `max_size` in bytes; `notes` are for people.
+    predictions, `context` counts tokens, `max_loss` is in nats per token, `max_size` in bytes; `loss_is_budget` says
+    that someone asked for `max_loss`, which a mixed recipe then spends; `notes` are for people.
     """
 
     model: str
@@ -37,6 +39,7 @@ class Plan:
     out: Path
     max_loss: float
     max_size: int | None
+    loss_is_budget: bool
     calibration: str | None
     bytes: int
     bits_per_weight: float
@@ -65,7 +68,7 @@ def plan(
     name, shape = sources.shape(model, offline=offline)
     chosen, notes = _backend(device, backend, shape, recipe_name)
     engine = backends.get(chosen)
-    wanted = _recipe(shape, device, engine, recipe_name, max_size)
+    wanted = _recipe(shape, device, engine, recipe_name, max_size, budget=max_size is not None or max_loss is not None)
     return Plan(
         model=model,
         offline=offline,
@@ -78,6 +81,7 @@ def plan(
         out=out or Path("bundles", device.name, f"{name}.{wanted}.{chosen}"),
         max_loss=wanted.max_loss if max_loss is None else _max_loss(max_loss),
         max_size=max_size,
+        loss_is_budget=max_loss is not None,
         calibration=_calibration(wanted, calibration_text),
         bytes=size.weight_bytes(shape, wanted, engine.scale_bits(wanted)),
         bits_per_weight=size.bits_per_weight(shape, wanted, engine.scale_bits(wanted)),
@@ -115,8 +119,15 @@ def _backend(target: Target, name: str, shape: Model, recipe_name: str) -> tuple
     return name, tuple(notes)
 
 
-def _recipe(shape: Model, target: Target, engine: Backend, name: str, max_size: int | None) -> Recipe:
-    """Recipe by name, or the target's best that the engine can hold within `max_size` predicted bytes."""
+def _recipe(shape: Model, target: Target, engine: Backend, name: str, max_size: int | None, *, budget: bool) -> Recipe:
+    """Recipe by name, or the target's best that the engine can hold.
+
+    Within a budget that is a mixed one, where the engine can mix, else the best that fits `max_size` predicted bytes.
+    """
+    if name == "auto" and budget and engine.MIXED:
+        return recipe.parse(MIX)
+    if recipe.is_mixed(name):
+        return _mixed(engine, name, budget=budget)
     if name == "auto":
         candidates = [each for each in map(recipe.parse, target.recipes) if _holds(engine, shape, str(each))]
         if not candidates:
@@ -142,6 +153,18 @@ def _recipe(shape: Model, target: Target, engine: Backend, name: str, max_size: 
     return fitting[0]
 
 
+def _mixed(engine: Backend, name: str, *, budget: bool) -> Recipe:
+    if not engine.MIXED:
+        raise UsageFault(f"{name}: this backend has one layout for all matrices", run="edgeq build ... --backend onnx")
+    if not budget:
+        raise UsageFault(
+            f"{name} needs a budget",
+            why="Layouts are chosen within a size or a loss.",
+            run="edgeq build ... --max-size 450MB, or --max-loss 0.02, or both",
+        )
+    return recipe.parse(name)
+
+
 def _holds(engine: Backend, shape: Model, recipe_name: str) -> bool:
     wanted = recipe.parse(recipe_name)
     if not size.divides(shape, wanted):
@@ -160,13 +183,13 @@ def _max_loss(wanted: float) -> float:
 
 
 def _calibration(wanted: Recipe, source: str | None) -> str | None:
-    if source is not None and not wanted.calibrated:
+    if source is not None and not wanted.calibrated and not wanted.mixed:
         raise UsageFault(
             f"--calibration has no use for {wanted}",
             why=f"{wanted.method} looks at weights alone.",
             run=f"edgeq build ... --recipe {str(wanted).replace(f'-{wanted.method}', '-guided')}",
         )
-    return source or calibration.BUNDLED if wanted.calibrated else None
+    return source or calibration.BUNDLED if wanted.calibrated or wanted.mixed else None
 
 
 def _context(shape: Model, wanted: int | None) -> int:

@@ -6,6 +6,8 @@
     w4ag64-e16-mse        zero points beside the scales; the table in the checkpoint's 16 bits; clipped grid
     w8gcol-e8-rtn         one scale for each row of a matrix
     q4_k-eq6_k-rtn        GGML's layouts by their names, rounded by GGML's own rule
+    w4g32-e8-guided       matrices fitted to what they read in a calibration text
+    mix-guided            a layout for each matrix, the best within a size or a loss
 
 The first word is the body (every matrix of the layers): `w<bits>[a]g<group>`, where `a` means asymmetric, or one of
 GGML's layouts; `e...` is the embedding table, which is also the output layer when the checkpoint ties them (its codes
@@ -121,6 +123,7 @@ GGML = {
 _NAMES = "|".join(GGML)
 _GRAMMAR = re.compile(
     rf"(?:(?P<float>{'|'.join(FLOATS)})"
+    r"|mix-(?P<mix>[a-z]+)"
     rf"|(?P<body>w(?P<bits>[248])(?P<zeros>a?)g(?P<group>16|32|64|128|col)|{_NAMES})"
     rf"-e(?P<table>4|8|16|{_NAMES})-(?P<method>[a-z]+))"
     r"(?:-kv(?P<kv>8|16))?"
@@ -129,12 +132,17 @@ _GRAMMAR = re.compile(
 
 @dataclass(frozen=True)
 class Recipe:
-    """Layout of the body and of the table, the rounding method, and bits of a key or value in the cache."""
+    """Layout of the body and of the table, the rounding method, and bits of a key or value in the cache.
+
+    mixed: each matrix has a layout of its own, found by measuring; `chosen` are names and layouts once it is known.
+    """
 
     body: Layout
     table: Layout
     method: str
     kv_bits: int = 32
+    mixed: bool = False
+    chosen: tuple[tuple[str, Layout], ...] = ()
 
     @property
     def calibrated(self) -> bool:
@@ -148,6 +156,8 @@ class Recipe:
 
     def __str__(self) -> str:
         cache = "" if self.kv_bits == 32 else f"-kv{self.kv_bits}"
+        if self.mixed:
+            return f"mix-{self.method}{cache}"
         if self.body.is_float:
             return self.body.name + cache
         table = self.table.name if self.table.is_ggml else str(self.table.bits)
@@ -165,31 +175,44 @@ def plain(bits: int, group: int, *, symmetric: bool = True) -> Layout:
     return Layout(word, bits, group, _SMALLEST_RUN if group == COLUMN else group, symmetric=symmetric)
 
 
+def is_mixed(name: str) -> bool:
+    """Whether a name is that of a mixed recipe."""
+    return name.startswith("mix-")
+
+
+def layout(word: str) -> Layout:
+    """Layout that a word of a recipe's body defines."""
+    return parse(f"{word}-e8-rtn").body
+
+
 def parse(name: str) -> Recipe:
     """Recipe that a name defines; raises UsageFault when the grammar does not hold."""
     match = _GRAMMAR.fullmatch(name)
     if match is None:
         raise UsageFault(
             f"{name!r} is not a recipe",
-            why=f"A recipe is {', '.join(FLOATS)}, or <body>-e<table>-<method>, then -kv16 or -kv8 if wanted; the body "
-            f"is w<2|4|8>g<16|32|64|128|col>, w<2|4|8>ag... with zero points, or one of {', '.join(GGML)}; the table "
-            "is 4, 8, 16 or one of these. Three bits are q3_k.",
+            why=f"A recipe is {', '.join(FLOATS)}, mix-<method>, or <body>-e<table>-<method>, then -kv16 or -kv8 if "
+            "wanted; the body is w<2|4|8>g<16|32|64|128|col>, w<2|4|8>ag... with zero points, or one of "
+            f"{', '.join(GGML)}; the table is 4, 8, 16 or one of these. Three bits are q3_k.",
             run="edgeq models show qwen3-0.6b",
         )
     kv_bits = int(match["kv"] or 32)
     if match["float"]:
         return Recipe(FLOATS[match["float"]], FLOATS[match["float"]], "none", kv_bits)
-    if match["method"] not in METHODS:
-        raise UsageFault(f"{name!r}: unknown method {match['method']!r}", why=f"Known: {', '.join(METHODS)}")
+    method = match["mix"] or match["method"]
+    if method not in METHODS:
+        raise UsageFault(f"{name!r}: unknown method {method!r}", why=f"Known: {', '.join(METHODS)}")
+    if match["mix"]:
+        return Recipe(plain(4, 32), plain(8, 32), method, kv_bits, mixed=True)
     if match["body"] in GGML:
         body, group = GGML[match["body"]], 32
     else:
         group = COLUMN if match["group"] == "col" else int(match["group"])
         body = plain(int(match["bits"]), group, symmetric=not match["zeros"])
-    if body.is_ggml and match["method"] == "mse":
+    if body.is_ggml and method == "mse":
         raise UsageFault(
             f"{name!r}: ggml rounds {body.name} by its own search of scales",
             run=f"edgeq build ... --recipe {name.replace('-mse', '-rtn')}",
         )
     tables = GGML | {"16": FLOATS["w16"], **{str(bits): plain(bits, group) for bits in (4, 8)}}
-    return Recipe(body, tables[match["table"]], match["method"], kv_bits)
+    return Recipe(body, tables[match["table"]], method, kv_bits)

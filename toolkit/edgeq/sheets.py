@@ -67,6 +67,7 @@ class PlanSheet(msgspec.Struct, frozen=True, kw_only=True):
     bits_per_weight: float
     max_loss: float
     notes: tuple[str, ...]
+    layouts: dict[str, str] | None = None
 
 
 class Detection(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,6 +118,7 @@ def plan(work: Plan) -> PlanSheet:
         bits_per_weight=work.bits_per_weight,
         max_loss=work.max_loss,
         notes=work.notes,
+        layouts={name: layout.name for name, layout in work.recipe.chosen} or None,
     )
 
 

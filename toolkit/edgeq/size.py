@@ -28,17 +28,24 @@ def layout_of(model: Model, recipe: Recipe, name: str) -> Layout:
 
     That is the body's or the table's for the matrix's inputs, but for the output of a delta-net layer whose value heads
     GGML orders otherwise than the checkpoint: a block of 256 inputs would mix heads, so it gets the next larger layout
-    with blocks of 32.
+    with blocks of 32. A mixed recipe's are those chosen.
     """
+    if recipe.chosen:
+        return dict(recipe.chosen)[name]
     layout = recipe.table if name in TABLES else recipe.body
     if layout.group == COLUMN:
         return layout.of(model.tensors()[name][1])
-    linear = model.linear
-    if linear is None or not layout.is_ggml or not name.endswith("linear_attn.out_proj.weight"):
-        return layout
-    if linear.value_heads == linear.key_heads or linear.value_head_dim % layout.block == 0:
+    if not mixes_heads(model, name, layout):
         return layout
     return GGML["q4_1"] if layout.bits <= GGML["q4_1"].bits else plain(8, 32)
+
+
+def mixes_heads(model: Model, name: str, layout: Layout) -> bool:
+    """Whether blocks of a GGML layout would hold inputs of heads that GGML puts elsewhere than the checkpoint."""
+    linear = model.linear
+    if linear is None or not layout.is_ggml or not name.endswith("linear_attn.out_proj.weight"):
+        return False
+    return linear.value_heads != linear.key_heads and linear.value_head_dim % layout.block != 0
 
 
 def check_groups(model: Model, recipe: Recipe) -> None:

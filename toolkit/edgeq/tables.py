@@ -63,10 +63,20 @@ def plan(document: PlanSheet) -> Table:
         ("target", f"{document.target}, {document.backend}"),
         ("recipe", f"{document.recipe}, ~{document.bits_per_weight:.2f} bits per weight"),
         ("weights", f"~{show_bytes(document.weights_bytes)}"),
+        *([("layouts", _layouts(document.layouts))] if document.layouts else []),
         ("context", f"{document.context} tokens"),
         ("gate", f"KL divergence <= {document.max_loss:g} nats per token"),
         ("bundle", f"{document.bundle} (not built)"),
     )
+
+
+def _layouts(chosen: dict[str, str]) -> str:
+    """Matrices of one layout on a line; --json has each by its full name."""
+    names: dict[str, list[str]] = {}
+    for name, layout in chosen.items():
+        short = name.removeprefix("model.").removesuffix(".weight").replace("self_attn.", "").replace("mlp.", "")
+        names.setdefault(layout, []).append(short.replace("layers.", ""))
+    return "\n".join(f"{layout}: {' '.join(found)}" for layout, found in sorted(names.items()))
 
 
 def verified(document: Verified) -> Table:

@@ -113,10 +113,11 @@ class Session(Protocol):
 class Backend(Protocol):
     """A toolchain: satisfied by a module with tools, build and load, and what has to be known before they are called.
 
-    ENGINE: the packages that run its bundles.
+    ENGINE: the packages that run its bundles. MIXED: layouts that may lie side by side in one bundle, by their words.
     """
 
     ENGINE: tuple[str, ...]
+    MIXED: tuple[str, ...]
 
     def provider(self, target: Target) -> str:
         """API that runs a target's bundles: "cpu", "cuda", "metal", "vulkan", ..."""

@@ -22,6 +22,7 @@ from edgeq.recipe import Recipe
 from edgeq.target import Target
 
 ENGINE: tuple[str, ...] = ()
+MIXED: tuple[str, ...] = ()
 FAVOUR = 5.0
 _FILE = "null.json"
 

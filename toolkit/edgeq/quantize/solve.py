@@ -45,7 +45,7 @@ def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution | Block
 
     def piece(start: int) -> tuple[Solution | BlockSolution, float, float]:
         weights = checkpoint.rows(name, start, min(start + step, outputs))
-        made = _quantized(weights, layout, recipe.method, name)
+        made = quantized(weights, layout, recipe.method, name)
         require_finite(made, weights, recipe)
         values = made.dequantize()
         return made, float(np.square(weights - values).sum()), float(np.square(weights).sum())
@@ -134,7 +134,8 @@ def joined(parts: Sequence[Solution | BlockSolution]) -> Solution | BlockSolutio
     return _with(parts[0], {field: np.concatenate([getattr(each, field) for each in parts]) for field in fields})
 
 
-def _quantized(weights: NDArray[np.float32], layout: Layout, method: str, name: str) -> Solution | BlockSolution:
+def quantized(weights: NDArray[np.float32], layout: Layout, method: str, name: str) -> Solution | BlockSolution:
+    """Solution of rows of a matrix by a method that looks at nothing else; clipped grids for calibrated ones."""
     if layout.is_ggml:
         return ggml.unpack(ggml.quantize(weights, layout), layout, name)
     quantize = rtn.quantize if method == "rtn" else mse.quantize

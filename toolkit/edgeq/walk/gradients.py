@@ -9,6 +9,10 @@ square, which the theory gives, rests on too few tokens.
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,45 +26,104 @@ from edgeq.walk.layered import Layered
 _SEED = 20
 
 
-def token_weights(model: Layered, tokens: NDArray[np.int32], scratch: Path, progress: Progress) -> NDArray[np.float32]:
-    """Weights of each token for each layer, [layers, windows, length], with mean 1 in each layer.
+@dataclass
+class Backward:
+    """What a walk backwards finds at one layer; gradients are those of the windows' log-likelihood.
+
+    after: at its output, float32 [windows, length, hidden]; read and written: for each matrix that is watched what it
+    reads, and the gradient at what it writes, a tensor [length, ...] for each window.
+    """
+
+    index: int
+    after: NDArray[np.float32]
+    read: dict[str, list[Any]] = field(default_factory=dict)
+    written: dict[str, list[Any]] = field(default_factory=dict)
+
+
+def token_weights(
+    model: Layered, tokens: NDArray[np.int32], scratch: Path, progress: Progress
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Weights of each token for each layer, [layers, windows, length], with mean 1 in each; states after the last one.
 
     Walks forwards and backwards; the states between layers are kept in the file `scratch`, 2 bytes a value.
     """
+    weights = np.empty((model.count, *tokens.shape), np.float32)
+    states = forwards(model, tokens, scratch, progress)
+    for layer in backwards(model, head.slopes(model, states, _SEED), scratch, progress):
+        weights[layer.index] = np.linalg.norm(layer.after, axis=2)
+    weights /= weights.mean(axis=(1, 2), keepdims=True)
+    return weights, states
+
+
+def forwards(model: Layered, tokens: NDArray[np.int32], scratch: Path, progress: Progress) -> NDArray[np.float32]:
+    """States [windows, length, hidden] after the last layer; those before each layer go to the file `scratch`."""
     import torch
 
-    windows, length = tokens.shape
-    weights = np.empty((model.count, windows, length), np.float32)
     states = head.embed(head.exact(model.checkpoint, head.TABLE), tokens)
     kept = np.memmap(scratch, np.uint16, "w+", shape=(model.count, *states.shape))
-    total = 2 * model.count
     for index in range(model.count):
-        progress("gradients", index, total)
+        progress("gradients", index, 2 * model.count)
         kept[index] = torch.from_numpy(states).to(torch.bfloat16).view(torch.uint16).numpy()
         with model.layer(index):
             model.advance(index, states)
-    slopes = head.slopes(model, states, _SEED)
-    for index in reversed(range(model.count)):
-        progress("gradients", total - 1 - index, total)
-        weights[index] = np.linalg.norm(slopes, axis=2)
-        with model.layer(index):
-
-            def back(window: int, index: int = index) -> None:
-                before = torch.from_numpy(kept[index, window]).view(torch.bfloat16).to(torch.float32)
-                slopes[window] = _pull_back(model, index, before, torch.from_numpy(slopes[window])).numpy()
-
-            model.parallel(back, range(windows))
-    progress("gradients", total, total)
-    scratch.unlink()
-    weights /= weights.mean(axis=(1, 2), keepdims=True)
-    return weights
+    return states
 
 
-def _pull_back(model: Layered, index: int, before: Any, slope: Any) -> Any:
-    """Gradient before a layer from that after it."""
+def backwards(
+    model: Layered, slopes: NDArray[np.float32], scratch: Path, progress: Progress, *, watch: bool = False
+) -> Iterator[Backward]:
+    """Every layer from the last to the first; `slopes` are the gradients after it, and afterwards those before it.
+
+    watch: find what every matrix that recipes quantize reads, and the gradient at what it writes. The file `scratch`
+    that `forwards` left is removed at the end.
+    """
     import torch
 
-    with torch.enable_grad():
-        before = before.clone().requires_grad_(True)
-        (found,) = torch.autograd.grad(model.run(index, before), before, slope.clone())
-    return found
+    total = 2 * model.count
+    kept = np.memmap(scratch, np.uint16, "r", shape=(model.count, *slopes.shape))
+    for index in reversed(range(model.count)):
+        progress("gradients", total - 1 - index, total)
+        found = Backward(index, slopes.copy())
+        with model.layer(index):
+
+            def back(window: int, index: int = index, found: Backward = found) -> Any:
+                before = torch.from_numpy(kept[index, window].copy()).view(torch.bfloat16).to(torch.float32)
+                watched = model.matrices(index) if watch else []
+                return _pull_back(model, index, before, torch.from_numpy(found.after[window]), watched)
+
+            for window, (slope, read, written) in enumerate(model.parallel(back, range(len(slopes)))):
+                slopes[window] = slope.numpy()
+                for name in read:
+                    found.read.setdefault(name, []).append(read[name])
+                    found.written.setdefault(name, []).append(written[name])
+        yield found
+    progress("gradients", total, total)
+    scratch.unlink()
+
+
+def _pull_back(
+    model: Layered, index: int, before: Any, slope: Any, watched: Sequence[str]
+) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Gradient before a layer from that after it; what each watched matrix reads, and the gradient at its output."""
+    import torch
+
+    seen: dict[int, list[tuple[str, Any, Any]]] = defaultdict(list)
+    here = threading.get_ident()
+    hooks = [
+        model.linear(name).register_forward_hook(
+            lambda _, inputs, output, name=name: seen[threading.get_ident()].append((name, inputs[0], output))
+        )
+        for name in watched
+    ]
+    try:
+        with torch.enable_grad():
+            before = before.clone().requires_grad_(True)
+            after = model.run(index, before)
+            wanted = [before, *(output for _, _, output in seen[here])]
+            found, *written = torch.autograd.grad(after, wanted, slope.clone())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    names = [name for name, _, _ in seen[here]]
+    read = {name: values.detach().flatten(0, -2) for name, values, _ in seen[here]}
+    return found, read, dict(zip(names, (each.flatten(0, -2) for each in written), strict=True))

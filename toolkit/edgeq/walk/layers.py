@@ -16,11 +16,14 @@ from edgeq.quantize.kept import Solutions
 from edgeq.quantize.solve import joined, require_finite, worst_loss
 from edgeq.recipe import Recipe
 from edgeq.size import layout_of
+from edgeq.walk import head
 from edgeq.walk.layered import Layered
 from edgeq.walk.moments import moments, stages
 from edgeq.walk.states import States
 
 _ROWS = 1024
+_TABLE_ROWS = 8192
+TABLE_DAMPING = 0.1
 
 
 def step(
@@ -52,6 +55,28 @@ def step(
     states.layer += 1
 
 
+def solve_output(model: Layered, recipe: Recipe, solutions: Solutions, states: NDArray[np.float32]) -> None:
+    """Solve the output layer for what it reads, states [windows, length, hidden] after the last layer; keep it.
+
+    A tied table's rows are read by tokens too, where every input counts alike: so the second moments get a large part
+    of their mean.
+    """
+    import torch
+
+    name = head.output(model.checkpoint)
+    if layout_of(model.checkpoint.model, recipe, name).is_float:
+        return
+    second: Any = torch.zeros(states.shape[2], states.shape[2])
+    with torch.no_grad():
+        for window in states:
+            read = model.final_norm(torch.from_numpy(window))
+            second.addmm_(read.T, read)
+        second.div_(states.shape[0] * states.shape[1])
+        if model.checkpoint.model.tied:
+            second.diagonal().add_(TABLE_DAMPING * second.diagonal().mean())
+        solutions.keep(_matrix(model, model.checkpoint, recipe, name, gptq.curvature(second), None, _TABLE_ROWS))
+
+
 def _solve(
     exact: Layered,
     quantized: Layered,
@@ -78,21 +103,27 @@ def _solve(
 
 
 def _matrix(
-    model: Layered, checkpoint: Checkpoint, recipe: Recipe, name: str, curved: gptq.Curvature, cross: Any
+    model: Layered,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    name: str,
+    curved: gptq.Curvature,
+    cross: Any,
+    at_once: int = _ROWS,
 ) -> Any:
     """Solution of one matrix, rows in parallel; raises GateFailed when it is not the matrix any more."""
     layout = layout_of(checkpoint.model, recipe, name)
     outputs, inputs = checkpoint.model.tensors()[name]
 
     def rows(start: int) -> tuple[Any, float, float]:
-        weights = checkpoint.rows(name, start, min(start + _ROWS, outputs))
+        weights = checkpoint.rows(name, start, min(start + at_once, outputs))
         wanted = weights if cross is None else gptq.compensated(weights, cross, curved)
         made = gptq.quantize(wanted, curved, layout, name)
         require_finite(made, weights, recipe)
         lost = gptq.error(wanted, made.dequantize(), curved.hessian)
         return made, lost, gptq.error(wanted, np.zeros_like(wanted), curved.hessian)
 
-    parts, lost, total = zip(*model.parallel(rows, range(0, outputs, _ROWS)), strict=True)
+    parts, lost, total = zip(*model.parallel(rows, range(0, outputs, at_once)), strict=True)
     limit = worst_loss(layout, inputs)
     if not sum(lost) <= limit**2 * sum(total):
         raise GateFailed(

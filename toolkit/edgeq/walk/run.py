@@ -95,7 +95,7 @@ def quantize(
         if recipe.guided:
             assert calibration is not None
             assert folder is not None
-            weights = _token_weights(exact, calibration, folder, progress)
+            weights = _token_weights(exact, recipe, solutions, calibration, folder, progress)
         states = states or _begin(checkpoint, recipe, solutions, held, calibration)
         while states.layer < exact.count:
             progress("layers", states.layer, exact.count)
@@ -124,11 +124,18 @@ def _begin(
 
 
 def _token_weights(
-    model: Layered, calibration: NDArray[np.int32], folder: Path, progress: Progress
+    model: Layered,
+    recipe: Recipe,
+    solutions: Solutions,
+    calibration: NDArray[np.int32],
+    folder: Path,
+    progress: Progress,
 ) -> NDArray[np.float32]:
+    """Weights of calibration tokens; on the way the output layer is solved, for the float model's last states."""
     kept = folder / _WEIGHTS
     if not kept.is_file():
-        found = gradients.token_weights(model, calibration, folder / _GRADIENTS, progress)
+        found, states = gradients.token_weights(model, calibration, folder / _GRADIENTS, progress)
+        layers.solve_output(model, recipe, solutions, states)
         partial = kept.with_suffix(".partial.npy")
         np.save(partial, found)
         partial.replace(kept)

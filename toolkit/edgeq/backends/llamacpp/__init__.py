@@ -15,6 +15,7 @@ from edgeq.recipe import Recipe
 from edgeq.target import Target
 
 ENGINE = ("llama-cpp-python",)
+MIXED = ("q2_k", "q3_k", "iq4_xs", "q4_k", "w4g32", "q5_k", "q6_k", "w8g32")
 _TOOLS = ("gguf", *ENGINE)
 
 # OpenMP reads this when its library is loaded, which torch does too, and the reference needs torch before the engine.

@@ -17,6 +17,7 @@ from edgeq.recipe import Recipe, plain
 from edgeq.target import Target
 
 ENGINE = ("apache-tvm", "apache-tvm-ffi")
+MIXED: tuple[str, ...] = ()
 
 
 def provider(target: Target) -> str:

@@ -15,6 +15,7 @@ from edgeq.recipe import COLUMN, Recipe, plain
 from edgeq.target import Target
 
 ENGINE = ("onnxruntime",)
+MIXED = ("w2g64", "w4g128", "w4g64", "w4g32", "w4ag32", "w8g128", "w8g32")
 _BUILD_TOOLS = (*ENGINE, "onnxruntime-genai", "onnx-ir", "transformers", "torch", "numpy", "ml-dtypes")
 
 

@@ -1,0 +1,126 @@
+"""The layout of each matrix of a mixed recipe, from measured sensitivities and a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeq import backends, calibration, recipe, size, sources
+from edgeq.backends.base import Progress
+from edgeq.calibration import Calibration
+from edgeq.checkpoint import Checkpoint
+from edgeq.errors import CorruptInput, NothingFits
+from edgeq.model import Model
+from edgeq.planning import Plan
+from edgeq.quantize import mix
+from edgeq.quantize.mix import Option
+from edgeq.recipe import Layout
+from edgeq.walk import sensitivity
+
+WINDOWS = 4
+_FITTED = {"gptq": 0.4, "guided": 0.25}  # loss of a matrix against that of its rounding alone, on the demos
+_AIM = 0.9
+_GRAPH_BYTES = 300_000  # graph, metadata, alignment
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """Options of each unit of matrices, which are the bundle's bytes beside them, and the names in each unit."""
+
+    options: Mapping[str, Sequence[Option]]
+    units: Mapping[str, Sequence[str]]
+    other_bytes: int
+
+
+def preview(work: Plan, progress: Progress) -> Plan:
+    """A plan whose mixed recipe is settled, without building it: the checkpoint is fetched, and sensitivities measured.
+
+    Other plans come back as they are.
+    """
+    if not work.recipe.mixed:
+        return work
+    origin = sources.find(work.model, offline=work.offline)
+    checkpoint = Checkpoint.open(origin.folder)
+    source = work.calibration or calibration.BUNDLED
+    text = calibration.read(checkpoint, source, origin.kind == "demo", checkpoint.model.context, progress)
+    return settle(work, measure(work, checkpoint, text, progress))[0]
+
+
+def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Progress) -> Sensitivities:
+    """Sensitivities over some windows of the calibration text; raises CorruptInput when they are not finite."""
+    engine = backends.get(work.backend)
+    units = sensitivity.units(checkpoint.model)
+    words = [recipe.layout(word) for word in engine.MIXED]
+    layouts = {first: _possible(checkpoint.model, first, words) for first in units}
+    windows = text.windows[:: max(1, len(text.windows) // WINDOWS)][:WINDOWS]
+    with tempfile.TemporaryDirectory(dir=work.out.parent if work.out.parent.is_dir() else None) as scratch:
+        path = Path(scratch, "states")
+        found = sensitivity.measure(checkpoint, layouts, engine.scale_bits(work.recipe), windows, path, progress)
+    if not all(math.isfinite(option.loss) for options in found.values() for option in options):
+        raise CorruptInput("the checkpoint's own float32 logits are not finite", run="download the checkpoint again")
+    fitted = _FITTED.get(work.recipe.method, 1.0)
+    for first, options in found.items():
+        if first not in size.TABLES:
+            found[first] = [dataclasses.replace(option, loss=fitted * option.loss) for option in options]
+    return Sensitivities(found, units, _other_bytes(work, checkpoint))
+
+
+def _possible(model: Model, name: str, layouts: Sequence[Layout]) -> list[Layout]:
+    """Layouts whose blocks divide a matrix's inputs; tables have no zero points."""
+    inputs = model.tensors()[name][1]
+    return [
+        each
+        for each in layouts
+        if inputs % each.block == 0
+        and not size.mixes_heads(model, name, each)
+        and (each.symmetric or name not in size.TABLES)
+    ]
+
+
+def _other_bytes(work: Plan, checkpoint: Checkpoint) -> int:
+    """Predicted bytes of a bundle beside its quantized matrices: side files, floats, rotary caches, graph."""
+    model = checkpoint.model
+    floats = sum(math.prod(shape) for name, shape in model.tensors().items() if not size.is_quantized(name))
+    files = sum(path.stat().st_size for path in checkpoint.folder.iterdir() if path.suffix in (".json", ".jinja"))
+    return 4 * (floats + work.context * model.head_dim) + files + _GRAPH_BYTES
+
+
+def settle(work: Plan, found: Sensitivities, scale: float = 1.0) -> tuple[Plan, float]:
+    """The plan with the best layouts for its budget, and their predicted loss, in nats per token.
+
+    scale: by how much more an earlier choice lost than was predicted. Raises NothingFits when no choice keeps the
+    budget.
+    """
+    room = math.inf if work.max_size is None else work.max_size - found.other_bytes
+    options = {
+        name: [dataclasses.replace(option, loss=scale * option.loss) for option in given]
+        for name, given in found.options.items()
+    }
+    choice = mix.choose(options, room, _AIM * work.max_loss if work.loss_is_budget else 0.0)
+    if choice.bytes > room:
+        raise NothingFits(
+            f"no mix fits {(work.max_size or 0) / 1e6:.1f} MB",
+            why=f"The smallest needs {(choice.bytes + found.other_bytes) / 1e6:.1f} MB.",
+            run=f"edgeq build ... --max-size {(choice.bytes + found.other_bytes) / 1e6 + 1:.0f}MB",
+        )
+    if work.loss_is_budget and choice.loss > work.max_loss:
+        raise NothingFits(
+            f"no mix is predicted to lose at most {work.max_loss:g} nats per token"
+            + (f" in {work.max_size / 1e6:.1f} MB" if work.max_size else ""),
+            why=f"The best loses about {choice.loss:.2g}.",
+            run=f"edgeq build ... --max-loss {choice.loss * 1.1:.2g}, or a larger --max-size",
+        )
+    chosen = tuple((name, choice.options[first].layout) for first, names in found.units.items() for name in names)
+    settled = dataclasses.replace(work.recipe, chosen=chosen)
+    scale_bits = backends.get(work.backend).scale_bits(settled)
+    plan = dataclasses.replace(
+        work,
+        recipe=settled,
+        bytes=size.weight_bytes(work.shape, settled, scale_bits),
+        bits_per_weight=size.bits_per_weight(work.shape, settled, scale_bits),
+    )
+    return plan, choice.loss

@@ -1,0 +1,140 @@
+"""How much each matrix's rounding costs, in nats: measured on the float model's gradients, no quantized model is run.
+
+Rounding W to W + D changes a token's log-likelihood, for y drawn from the prediction, by about g . (D x), where x is
+what the matrix reads and g the gradient at what it writes; half of the mean square of that is the KL divergence
+(Fisher's information, to the second order).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.backends.base import Progress
+from edgeq.checkpoint import Checkpoint
+from edgeq.model import Model
+from edgeq.quantize.mix import Option
+from edgeq.quantize.solve import quantized
+from edgeq.recipe import Layout
+from edgeq.size import TABLES, is_quantized
+from edgeq.walk import gradients, head
+from edgeq.walk.layered import Layered
+
+_ROWS = 4096
+_SEED = 21
+
+
+def units(model: Model) -> dict[str, list[str]]:
+    """Matrices that must have one layout together, under the name of the first: queries, keys and values of a layer."""
+    found: dict[str, list[str]] = {}
+    for name in filter(is_quantized, model.tensors()):
+        first = name.replace("k_proj", "q_proj").replace("v_proj", "q_proj")
+        found.setdefault(first, []).append(name)
+    return found
+
+
+def measure(
+    checkpoint: Checkpoint,
+    layouts: Mapping[str, Sequence[Layout]],
+    scale_bits: int,
+    tokens: NDArray[np.int32],
+    scratch: Path,
+    progress: Progress,
+) -> dict[str, list[Option]]:
+    """Options of every unit for the layouts that it may have, losses measured over token windows [count, length].
+
+    Rounding is that of clipped grids. `scratch` is a file for the states between layers, 2 bytes a value.
+    """
+    shapes, together = checkpoint.model.tensors(), units(checkpoint.model)
+    losses: dict[tuple[str, str], float] = {}
+    model = Layered(checkpoint)
+    try:
+        final = gradients.forwards(model, tokens, scratch, progress)
+        slopes = head.slopes(model, final, _SEED)
+        for layer in gradients.backwards(model, slopes, scratch, progress, watch=True):
+            for first in filter(layer.read.__contains__, together):
+                for layout in layouts[first]:
+                    losses[first, layout.name] = sum(_loss(model, name, layout, layer) for name in together[first])
+        for name in filter(together.__contains__, TABLES):
+            for layout in layouts[name]:
+                losses[name, layout.name] = _table_loss(model, name, layout, tokens, slopes, final)
+    finally:
+        model.close()
+    return {
+        first: [
+            Option(layout, sum(_bytes(shapes[name], layout, scale_bits) for name in names), losses[first, layout.name])
+            for layout in layouts[first]
+        ]
+        for first, names in together.items()
+    }
+
+
+def _loss(model: Layered, name: str, layout: Layout, layer: gradients.Backward) -> float:
+    """KL divergence that one layout of one matrix of a layer costs, in nats per token."""
+    import torch
+
+    read, written = torch.cat(layer.read[name]), torch.cat(layer.written[name])
+    outputs = written.shape[1]
+
+    def change(start: int) -> Any:
+        rows = slice(start, min(start + _ROWS, outputs))
+        lost = torch.from_numpy(_lost(model.checkpoint, name, layout, rows))
+        return (written[:, rows] * (read @ lost.T)).sum(1)
+
+    return _divergence(sum(model.parallel(change, range(0, outputs, _ROWS))).numpy())
+
+
+def _table_loss(
+    model: Layered,
+    name: str,
+    layout: Layout,
+    tokens: NDArray[np.int32],
+    slopes: NDArray[np.float32],
+    final: NDArray[np.float32],
+) -> float:
+    """KL divergence that one layout of a table costs: of the rows that are looked up, and of the logits it makes."""
+    checkpoint = model.checkpoint
+
+    def lost(which: slice | NDArray[np.intp]) -> NDArray[np.float32]:
+        return _lost(checkpoint, name, layout, which)
+
+    loss = 0.0
+    if name == head.TABLE:
+        changes = (slopes * head.embed(lost, tokens)).sum(axis=2, dtype=np.float64)
+        loss += _divergence(changes)
+    if name == head.output(checkpoint):
+        exact = head.exact(checkpoint, name)
+        loss += float(
+            np.mean([_spread(head.logits(model, each, exact), head.logits(model, each, lost)) for each in final])
+        )
+    return loss
+
+
+def _divergence(changes: NDArray[Any]) -> float:
+    """Mean of c^2 / 2 over changes c of a log-likelihood, of |c| - 1/2 beyond 1: a few tokens change too much."""
+    size = np.abs(changes.astype(np.float64))
+    return float(np.where(size < 1, size * size / 2, size - 0.5).mean())
+
+
+def _spread(scores: NDArray[np.float32], changes: NDArray[np.float32]) -> float:
+    """Half the variance of changes of logits [tokens, vocabulary] under the prediction: KL to the second order."""
+    chances = np.exp(scores - scores.max(axis=1, keepdims=True))
+    chances /= chances.sum(axis=1, keepdims=True)
+    mean = (chances * changes).sum(axis=1, dtype=np.float64)
+    square = (chances * np.square(changes)).sum(axis=1, dtype=np.float64)
+    return float((square - np.square(mean)).mean()) / 2
+
+
+def _lost(checkpoint: Checkpoint, name: str, layout: Layout, which: slice | NDArray[np.intp]) -> NDArray[np.float32]:
+    """What rounding to a layout changes of some rows."""
+    weights = head.exact(checkpoint, name)(which)
+    return quantized(weights, layout.of(weights.shape[1]), "mse", name).dequantize() - weights
+
+
+def _bytes(shape: tuple[int, ...], layout: Layout, scale_bits: int) -> int:
+    return int(math.prod(shape) * layout.of(shape[1]).stored_bits(scale_bits)) // 8
