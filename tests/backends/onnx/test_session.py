@@ -115,6 +115,7 @@ def test_decoding_runs_the_graph_that_computes_the_last_logits_only(built: Build
 def test_logits_of_chosen_positions_are_those_of_the_whole_sequence(built: Build) -> None:
     session = load(built("3", "w16"))
     wanted = session.logits(IDS[:18])
+    assert session.one_way is None
     session.begin(40)
     np.testing.assert_allclose(session.advance(IDS[:10]), wanted[9:10], atol=1e-4)
     np.testing.assert_allclose(session.advance(IDS[10:14], 4), wanted[10:14], atol=1e-4)
