@@ -64,9 +64,9 @@ def test_verdicts(edgeq: tuple[float, ...], goal: Goal | None, expected: str) ->
 def test_the_table_names_both_sides_goal_and_load() -> None:
     console = Console(width=200, record=True, file=io.StringIO())
     rows = [row((6.0, 6.0, 6.2), (10.0, 10.0, 10.0), load=(0.5, 2.0, 1.0)), row((1.0,), (4.0,), None)]
-    console.print(figures.table(rows, "llama.cpp"))
+    console.print(figures.table(rows))
     heading, part, first, second = console.export_text().splitlines()
-    assert heading.split()[:3] == ["what", "edgeq", "llama.cpp"]
+    assert heading.split()[:3] == ["what", "edgeq", "peer"]
     assert part.strip() == "build"
     assert "0.6000" in first
     assert "at most 0.7x" in first
@@ -155,9 +155,9 @@ def test_ggml_rounds_as_its_quantizer_does_and_edgeq_s_codes_are_nearer(
 ) -> None:
     """Layouts with blocks of 256 do not fit the tiny checkpoint."""
     pytest.importorskip("llama_cpp")
-    from peers.llamacpp import loss
+    from peers.llamacpp import layout
 
-    monkeypatch.setattr(loss, "GGML", {"q4_1-e8-rtn": "Q4_1", "iq4_nl-e8-rtn": "IQ4_NL"})
-    rows = list(loss.block_rows("loss", Checkpoint.open(tiny("3")), tmp_path))
+    monkeypatch.setattr(layout, "GGML", {"q4_1-e8-rtn": "Q4_1", "iq4_nl-e8-rtn": "IQ4_NL"})
+    rows = list(layout.block_rows("layout", Checkpoint.open(tiny("3")), tmp_path))
     assert {figures.verdict(each) for each in rows if each.goal} == {"met"}
     assert sum(each.edgeq == each.peer for each in rows) >= 3

@@ -55,7 +55,17 @@ class Ratio(msgspec.Struct, frozen=True):
 
 def middle(row: Row, samples: Sequence[float]) -> float:
     """Median or mean, as the row wants it."""
-    return float(np.median(samples) if row.middle == "median" else np.mean(samples))
+    return median(samples) if row.middle == "median" else mean(samples)
+
+
+def mean(samples: Sequence[float]) -> float:
+    """Mean of samples."""
+    return float(np.mean(samples))
+
+
+def median(samples: Sequence[float]) -> float:
+    """Median of samples."""
+    return float(np.median(samples))
 
 
 def ratio(row: Row) -> Ratio:
@@ -87,9 +97,10 @@ def verdict(row: Row) -> str:
     return "within noise" if row.goal.holds(found.low) or row.goal.holds(found.high) else "missed"
 
 
-def table(rows: Sequence[Row], peer: str) -> Table:
-    """All rows, the parts apart."""
-    shown = Table(*(peer if name == "peer" else name for name in _COLUMNS), box=None, pad_edge=False)
+def table(rows: Sequence[Row], peer: str = "peer", edgeq: str = "edgeq") -> Table:
+    """All rows, the parts apart, under the two sides' names."""
+    names = {"peer": peer, "edgeq": edgeq}
+    shown = Table(*(names.get(name, name) for name in _COLUMNS), box=None, pad_edge=False)
     for before, row in zip([None, *rows], rows, strict=False):
         if before is None or before.part != row.part:
             shown.add_row(f"[bold]{row.part}", *[""] * (len(_COLUMNS) - 1))

@@ -179,17 +179,24 @@ def test_a_tokenizer_makes_first_token_start_from_text(null_bundle: Path, target
     assert row.first_token_from == "text"
 
 
+@pytest.mark.parametrize(("recipe", "value_bytes"), [("w4g32-e8-rtn", 4), ("w4g32-e8-rtn-kv8", 1)])
 def test_kv_cache_of_the_onnx_backend_is_predicted(
-    null_bundle: Path, target: Target, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    null_bundle: Path,
+    target: Target,
+    machine: Machine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+    value_bytes: int,
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "from edgeq import backends\nbackends._MODULES['onnx'] = backends._MODULES['null']\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    manifest = msgspec.structs.replace(bundle.read(null_bundle), backend="onnx", config=_QWEN3)
+    manifest = msgspec.structs.replace(bundle.read(null_bundle), backend="onnx", config=_QWEN3, recipe=recipe)
     (null_bundle / bundle.MANIFEST).write_bytes(msgspec.json.encode(bundle.seal(manifest)))
     row = profile(null_bundle, target, machine, Plan((8,), 4, (0,), 1, "none"), progress=_silent)
-    assert row.memory.kv_cache_bytes_per_token == 2 * 28 * 8 * 128 * 4
+    assert row.memory.kv_cache_bytes_per_token == 2 * 28 * 8 * 128 * value_bytes
     assert row.tools == (f"edgeq {VERSION}", f"onnxruntime {importlib.metadata.version('onnxruntime')}")
 
 

@@ -79,6 +79,9 @@ def build(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the bundle.")] = None,
     max_size: Annotated[str | None, typer.Option(help="Largest bundle without its reference, such as 450MB.")] = None,
     max_loss: Annotated[float | None, typer.Option(help="Largest KL divergence, nats per token.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text for gptq and guided: FILE, DIR, self (written by the model) or bundled.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built.")] = False,
     offline: Offline = False,
     json: Json = False,
@@ -97,6 +100,7 @@ def build(
         out=output,
         max_size=units.parse_bytes(max_size) if max_size else None,
         max_loss=max_loss,
+        calibration_text=calibration,
         offline=offline,
     )
     for note in plan.notes:

@@ -185,9 +185,13 @@ def model(document: ModelSheet) -> Group:
         ]
     if document.left_out:
         facts.append(("left out", ", ".join(document.left_out)))
-    sizes = _table("recipe", "bits per weight with onnx", "weights")
+    engines = list(dict.fromkeys(size.backend for each in document.recipes for size in each.backends))
+    sizes = _table("recipe", *(f"{name}: bits per weight, weights" for name in engines))
     for each in document.recipes:
-        sizes.add_row(each.recipe, f"~{each.bits_per_weight:.2f}", f"~{show_bytes(each.weights_bytes)}")
+        held = {
+            size.backend: f"~{size.bits_per_weight:.2f}, {show_bytes(size.weights_bytes)}" for size in each.backends
+        }
+        sizes.add_row(each.recipe, *(held.get(name, "-") for name in engines))
     return Group(_facts(*facts), "", sizes)
 
 

@@ -1,33 +1,22 @@
-"""llama.cpp, as llama-cpp-python holds it: build cost, loss at equal layout, overhead of edgeq's session."""
+"""llama.cpp, as llama-cpp-python holds it: its own converter and quantizer; in edgeq's own environment."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from pathlib import Path
 
-from edgeq import sources
-from edgeq.checkpoint import Checkpoint
-from peers.figures import Row
-from peers.llamacpp import build, loss, speed, tools
-from peers.plan import Plan
+from peers.serving import AS_RUN, WEIGHTS_ONLY
 
 NAME = "llama.cpp"
-PARTS = ("build", "loss", "speed")
-DEMO = "demo-qwen3"
+FOLDER = Path(__file__).parent
+PACKAGES = ("llama-cpp-python", "gguf", "transformers", "torch")
+HOWS = (AS_RUN, WEIGHTS_ONLY)
+RECIPES = {
+    f"{kind}{' imatrix' * bool(words)}": (kind, *words) for kind in ("Q4_0", "Q4_K_M") for words in ((), ("imatrix",))
+}
+SPEED = {kind: (kind,) for kind in ("Q4_0", "Q4_K_M")}
 
 
-def rows(plan: Plan) -> Iterator[Row]:
-    """Figures of the parts that are wanted."""
-    if "build" in plan.parts:
-        yield from build.rows(plan.build_model, plan.folder, plan.repetitions)
-    if "loss" in plan.parts:
-        yield from loss.rows(plan.folder, plan.orders)
-    if "speed" in plan.parts:
-        demo = Checkpoint.open(sources.find(DEMO, offline=True).folder)
-        yield from speed.rows(demo, DEMO, plan.folder, plan.rounds, goal=None)
-        checkpoint = build.random_checkpoint(plan.speed_model, plan.folder)
-        yield from speed.rows(checkpoint, plan.speed_model, plan.folder, plan.rounds, goal=speed.OVERHEAD)
-
-
-def versions() -> dict[str, str]:
-    """Packages that took part."""
-    return tools.versions()
+def python() -> Path:
+    """Python of edgeq's environment, whose llamacpp extra holds llama.cpp."""
+    return Path(sys.executable)

@@ -20,14 +20,6 @@ _PROGRAMS = Path(__file__).with_name("programs")
 _CONVERTER = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/")
 
 
-def versions() -> dict[str, str]:
-    """Packages that took part, and what llama.cpp says of how it was compiled."""
-    import llama_cpp
-
-    found = {name: importlib.metadata.version(name) for name in (PACKAGE, "gguf", "numpy", "torch", "transformers")}
-    return found | {"compiled with": llama_cpp.llama_print_system_info().decode().strip(" |")}
-
-
 def environment() -> dict[str, str]:
     """Variables of every command: this edgeq, what the converter imports, and as many threads for all."""
     paths = [proofs.ROOT / "toolkit", converter() / "site"]
@@ -54,9 +46,9 @@ def _fetch(version: str, out: Path) -> None:
     proofs.fetch(*pip, "install", "--no-deps", "--target", str(out / "site"), "sentencepiece")
 
 
-def write(checkpoint: Path, recipe: str, out: Path) -> child.Cost:
-    """edgeq's way: `out`/model.gguf from a checkpoint."""
-    return _run("edgeq_write.py", str(checkpoint), recipe, str(out))
+def write(checkpoint: Path, recipe: str, backend: str, out: Path) -> child.Cost:
+    """edgeq's way: what a backend's engine needs, from a checkpoint."""
+    return _run("edgeq_write.py", str(checkpoint), recipe, backend, str(out))
 
 
 def convert(checkpoint: Path, model: Model, out: Path) -> child.Cost:

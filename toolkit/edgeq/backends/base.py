@@ -14,6 +14,8 @@ from edgeq.bundle import Bundle, Compiled
 from edgeq.checkpoint import Checkpoint
 from edgeq.model import Model
 from edgeq.profiles import Placement
+from edgeq.quantize.kept import Solutions
+from edgeq.quantize.solution import BlockSolution, Solution
 from edgeq.recipe import Recipe
 from edgeq.target import Target
 
@@ -23,14 +25,32 @@ DRAFT = 7
 
 
 @dataclass(frozen=True)
+class CacheRanges:
+    """Largest magnitudes of keys, at any rotation, and of values: float32 [layers with attention, heads, head size]."""
+
+    keys: NDArray[np.float32]
+    values: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Job:
-    """One build: which checkpoint, how quantized, for which device, for how many tokens of context."""
+    """One build: which checkpoint, how quantized, for which device, for how many tokens of context.
+
+    kept: folder of the solutions that a walk found, for a calibrated recipe; cache: what calibration saw, for caches
+    that need it; None: the backend calibrates its own.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
     target: Target
     context: int
     progress: Progress
+    kept: Path | None = None
+    cache: CacheRanges | None = None
+
+    def solution(self, name: str) -> Solution | BlockSolution:
+        """Quantized form of one matrix; raises what `solve` raises."""
+        return Solutions(self.checkpoint, self.recipe, self.kept)(name)
 
 
 class Drafter(Protocol):

@@ -19,14 +19,14 @@ from edgeq.backends.base import Job
 from edgeq.backends.llamacpp import blocks, head, tensors, vocabulary
 from edgeq.errors import UnsupportedModel
 from edgeq.model import Model
-from edgeq.quantize.solve import PIECE, as_float, float_type, solve
+from edgeq.quantize.solve import PIECE, as_float, float_type
 from edgeq.size import is_quantized, layout_of
 from edgeq.version import VERSION
 
 MODEL = "model.gguf"
 _FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _ARCHITECTURES = {"2.5": "qwen2", "3": "qwen3", "3.5": "qwen35"}
-_FILE_TYPES = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}
+_FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}
 
 
 def write(job: Job, out: Path) -> None:
@@ -169,12 +169,12 @@ def _stored(job: Job, name: str) -> Iterator[NDArray[Any]]:
     order = tensors.columns(model, name)
     if not is_quantized(name):
         yield tensors.float32(job.checkpoint, name)
-    elif job.recipe.body.is_float:
+    elif layout_of(model, job.recipe, name).is_float:
         for start, stop in _pieces(model, name):
             rows = job.checkpoint.rows(name, start, stop)
             yield as_float(job.checkpoint, job.recipe, name, rows if order is None else rows[:, order])
     else:
-        solution = solve(job.checkpoint, job.recipe, name)
+        solution = job.solution(name)
         solution = solution if order is None else tensors.with_columns(solution, order)
         for start, stop in _pieces(model, name):
             yield blocks.pack(solution, slice(start, stop))

@@ -25,7 +25,7 @@ from edgeq.profiles import Placement
 PROMPT_CHUNK = 512
 SCORE_CHUNK = 128
 _FIND = {"cpu": device.cpu, "webgpu": webgpu.find, "cuda": cuda.find}
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 _LAYER = re.compile(r"/model/layers\.(\d+)/|/lm_head/")
 
 
@@ -134,9 +134,9 @@ class OnnxSession:
         path = str(self._folder / graph)
         if self._device.provider != "cpu":
             try:
-                options = _options()
-                options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-                self._engine = self._device.open(path, options)
+                chosen = options()
+                chosen.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+                self._engine = self._device.open(path, chosen)
             except Exception as error:
                 self._fall_back(f"{self._device.name} cannot be used\n{_reason(error)}")
         if self._engine is None:
@@ -215,15 +215,16 @@ class OnnxSession:
         self._kept = keep
 
 
-def _options() -> Any:
+def options() -> Any:
+    """SessionOptions for arithmetic on this machine's processor."""
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = physical_cores()
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    return options
+    found = ort.SessionOptions()
+    found.intra_op_num_threads = physical_cores()
+    found.inter_op_num_threads = 1
+    found.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    found.log_severity_level = 3
+    return found
 
 
 def _open_on_cpu(path: str) -> Any:
@@ -232,7 +233,7 @@ def _open_on_cpu(path: str) -> Any:
     except ImportError as error:
         raise MissingTool("onnxruntime cannot be imported", why=str(error), run="pip install edgeq") from error
     try:
-        return device.cpu().open(path, _options())
+        return device.cpu().open(path, options())
     except Exception as error:
         raise BackendFault(f"{path}: ONNX Runtime {ort.__version__} cannot load it", why=str(error)) from error
 

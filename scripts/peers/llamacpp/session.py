@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import sys
 import time
@@ -16,8 +15,10 @@ from edgeq.bundle import Bundle
 from edgeq.checkpoint import Checkpoint
 from peers.figures import Goal, Row
 from peers.llamacpp import files
+from peers.llamacpp.program import greedy
 from peers.llamacpp.programs.edgeq_write import write
 
+DEMO = "demo-qwen3"
 RECIPE = "w4g32-e8-rtn"
 PROMPT, TOKENS, CONTEXT = tuple(range(40, 56)), 24, 256
 OVERHEAD = Goal("ratio", "at least", 0.99)
@@ -45,7 +46,7 @@ def compare(session: LlamaSession, name: str, rounds: int, goal: Goal | None) ->
     sampler = llama_cpp.llama_sampler_init_greedy()
     loops: list[Callable[[], Iterator[int]]] = [
         lambda: session.generate(PROMPT, TOKENS),
-        lambda: peer_loop(session._context, sampler),
+        lambda: greedy(session._context, sampler, PROMPT, TOKENS),
     ]
     expected, found = (list(loop()) for loop in loops)
     if expected != found:
@@ -71,19 +72,3 @@ def timed(tokens: Iterator[int]) -> tuple[float, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     count = sum(1 for _ in tokens)
     return (time.perf_counter() - wall) / count, (time.process_time() - cpu) / count
-
-
-def peer_loop(context: ctypes.c_void_p, sampler: ctypes.c_void_p) -> Iterator[int]:
-    """Greedy continuation of PROMPT as llama.cpp's own simple example makes it: decode, sample, again."""
-    import llama_cpp
-
-    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-    prompt = (llama_cpp.llama_token * len(PROMPT))(*PROMPT)
-    batch = llama_cpp.llama_batch_get_one(prompt, len(PROMPT))
-    token = (llama_cpp.llama_token * 1)()
-    for _ in range(TOKENS):
-        if llama_cpp.llama_decode(context, batch):
-            raise RuntimeError("llama_decode failed")
-        token[0] = llama_cpp.llama_sampler_sample(sampler, context, -1)
-        yield token[0]
-        batch = llama_cpp.llama_batch_get_one(token, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -11,12 +11,14 @@ from typing import cast
 import msgspec
 import numpy as np
 
-from edgeq import accuracy, data, reference, sources
+from edgeq import accuracy, data, sources
 from edgeq.accuracy import Losses, Reference
 from edgeq.backends.llamacpp import session
 from edgeq.bundle import Bundle
 from edgeq.checkpoint import Checkpoint
 from edgeq.machine import physical_cores
+from edgeq.walk import run as walk
+from edgeq.walk import windows
 from peers.figures import Goal, Row
 from peers.llamacpp import files, reorder
 from peers.llamacpp.programs.edgeq_write import write
@@ -31,17 +33,17 @@ RULES = {
 }
 
 
-def rows(folder: Path, orders: int) -> Iterator[Row]:
+def rows(demos: Iterable[str], folder: Path, orders: int) -> Iterator[Row]:
     """Loss and equal blocks of each demo checkpoint, the loss over so many orders of its hidden units."""
     session._listen()  # else llama.cpp prints all that it does
     text = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")
-    for model in sources.DEMOS:
+    for model in demos:
         checkpoint = Checkpoint.open(sources.find(model, offline=True).folder)
-        known = reference.full(checkpoint, text, lambda *_: None)
-        print(f"bench_peers: {model}, loss", file=sys.stderr)
+        known = walk.reference(checkpoint, windows.full(checkpoint, text), lambda *_: None)
+        print(f"bench_peers: {model}, layout", file=sys.stderr)
         yield from loss_rows(model, checkpoint, known, folder, orders)
         with files.scratch(folder) as scratch:
-            yield from block_rows(f"loss {model}", checkpoint, scratch)
+            yield from block_rows(f"layout {model}", checkpoint, scratch)
 
 
 def loss_rows(model: str, checkpoint: Checkpoint, known: Reference, folder: Path, orders: int) -> Iterator[Row]:
@@ -63,7 +65,7 @@ def loss_rows(model: str, checkpoint: Checkpoint, known: Reference, folder: Path
                     for side, file in zip(samples, pair, strict=True):
                         side.append(float(np.mean([each.kl for each in losses(same, known, file)])))
     for what, (edgeq, peer) in found.items():
-        row = Row(part=f"loss {model}", what=what, unit="nats", edgeq=tuple(edgeq), peer=tuple(peer), goal=NO_WORSE)
+        row = Row(part=f"layout {model}", what=what, unit="nats", edgeq=tuple(edgeq), peer=tuple(peer), goal=NO_WORSE)
         yield msgspec.structs.replace(row, middle="mean")
 
 

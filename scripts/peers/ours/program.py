@@ -1,0 +1,58 @@
+"""edgeq's bundle, made and run: program.py make CHECKPOINT CALIBRATION OUT RECIPE BACKEND.
+
+The calibration windows are not used: edgeq calibrates with its bundled text, which the windows are of.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq import backends, bundle
+from edgeq.backends.base import Session
+from edgeq.backends.llamacpp.gguf import MODEL as GGUF
+from edgeq.backends.onnx.weights import MODEL as ONNX
+from peers import arithmetic, serving
+
+BUNDLE = "bundle"
+ANY_LOSS = "1000"
+
+
+def make(checkpoint: Path, _: Path, out: Path, recipe: str, backend: str) -> None:
+    """Write a bundle, whatever it loses: what it loses is the question."""
+    words = ["build", str(checkpoint), "--target", "host", "--recipe", recipe, "--backend", backend]
+    words += ["--output", str(out / BUNDLE), "--max-loss", ANY_LOSS]
+    subprocess.run([sys.executable, "-m", "edgeq.cli", *words], check=True)
+
+
+class Engine:
+    """A session of the bundle's backend."""
+
+    def __init__(self, folder: Path, how: str, threads: int) -> None:
+        place = folder / BUNDLE
+        made = bundle.read(place)
+        sizes = (
+            arithmetic.gguf_bytes(place / GGUF) if made.backend == "llamacpp" else arithmetic.onnx_bytes(place / ONNX)
+        )
+        self.weights_bytes, self.read_bytes = sizes
+        if how == serving.WEIGHTS_ONLY:
+            exact = arithmetic.float_gguf(place, GGUF, threads) if made.backend == "llamacpp" else None
+            place = exact or arithmetic.float_onnx(place)
+        self._session: Session = backends.get(made.backend).load(place, made)
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits after each token of a text on its own."""
+        return self._session.logits(ids)
+
+    def moments(self, ids: Sequence[int], tokens: int) -> list[float]:
+        """Seconds until each token of the session's continuation."""
+        return serving.moments(self._session.generate(ids, tokens))
+
+
+if __name__ == "__main__":
+    serving.main(make, Engine)

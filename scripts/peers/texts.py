@@ -1,0 +1,95 @@
+"""The texts of a comparison: what peers calibrate with, and what all sides are asked about."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import demo_grammar
+import proofs
+from edgeq import data, transformer
+from edgeq.checkpoint import Checkpoint
+
+CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 32, 512
+LENGTH = 256
+HELD_OUT, SAMPLED, FOREIGN = "held-out", "sampled", "foreign"
+TEXTS = (HELD_OUT, SAMPLED, FOREIGN)
+_SEED = 31
+_CALIBRATION_BYTES = 120_000
+
+
+def calibration() -> str:
+    """Text that every side may calibrate with: edgeq's bundled one, or text of the training kind where there is none.
+
+    No instance of the held-out text is in it: the grammar keeps them apart.
+    """
+    bundled = data.folder("demo") / "calibration.txt"
+    if bundled.is_file():
+        return bundled.read_text(encoding="utf-8")
+    pieces: Iterator[str] = demo_grammar.training_stream(_SEED, thinking=True)
+    text = ""
+    while len(text) < _CALIBRATION_BYTES:
+        text += "\n\n".join(itertools.islice(pieces, 50)) + "\n\n"
+    return text
+
+
+def calibration_windows(checkpoint: Checkpoint) -> NDArray[np.int32]:
+    """At most 32 windows of 512 tokens of it, int32 [windows, length]."""
+    return _windows(checkpoint, calibration(), CALIBRATION_WINDOWS, CALIBRATION_LENGTH)
+
+
+def windows(checkpoint: Checkpoint, text: str, count: int) -> NDArray[np.int32]:
+    """At most `count` windows of 256 tokens, int32 [windows, length], of one of TEXTS.
+
+    Held-out text; text that the float32 model itself samples at temperature 1; plain English, which no demo checkpoint
+    was trained on: the licence.
+    """
+    if text == SAMPLED:
+        return sampled(checkpoint, count)
+    file = data.folder("demo") / "heldout.txt" if text == HELD_OUT else proofs.ROOT / "LICENSE"
+    return _windows(checkpoint, file.read_text(encoding="utf-8"), count, LENGTH)
+
+
+def sampled(checkpoint: Checkpoint, count: int) -> NDArray[np.int32]:
+    """Windows that the float32 model wrote itself, each after one token of the calibration text; the seed is fixed."""
+    import torch
+
+    starts = calibration_windows(checkpoint).reshape(-1)
+    draws = np.random.default_rng(0).integers(0, starts.size, count)
+    random = torch.Generator().manual_seed(0)
+    model = transformer.instantiate(checkpoint, lambda _: True)
+    step = torch.from_numpy(starts[draws, None].astype(np.int64))
+    found, cache = [step], None
+    with torch.inference_mode():
+        while len(found) < LENGTH:
+            output = model(input_ids=step, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            step = torch.multinomial(output.logits[:, -1].softmax(-1), 1, generator=random)
+            found.append(step)
+    tokens: NDArray[Any] = torch.cat(found, dim=1).numpy()
+    return tokens.astype(np.int32)
+
+
+def reference(checkpoint: Checkpoint, found: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Logits [windows, length, vocabulary] of the float32 transformers model."""
+    import torch
+
+    model = transformer.instantiate(checkpoint, lambda _: True)
+    with torch.inference_mode():
+        logits = [
+            model(input_ids=torch.from_numpy(window[None].astype(np.int64))).logits[0].numpy() for window in found
+        ]
+    return np.stack(logits)
+
+
+def _windows(checkpoint: Checkpoint, text: str, count: int, length: int) -> NDArray[np.int32]:
+    from tokenizers import Tokenizer
+
+    ids = Tokenizer.from_file(str(Path(checkpoint.folder, "tokenizer.json"))).encode(text).ids
+    count = min(count, len(ids) // length)
+    return np.array(ids[: count * length], np.int32).reshape(count, length)
