@@ -135,6 +135,13 @@ def test_tokens_that_were_taken_back_leave_nothing_behind(
 
 
 @pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
+def test_with_codes_in_matrices_and_cache_drafts_change_no_bit(built: Build, generation: str) -> None:
+    session = load(built(generation, "w4g32-e8-rtn-kv8"))
+    wanted = led.straight(session, IDS[:30], IDS[40:80])
+    np.testing.assert_array_equal(led.with_detours(session, IDS[:30], IDS[40:80]), wanted)
+
+
+@pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
 def test_prompt_lookup_gives_the_tokens_of_plain_decoding(built: Build, generation: str) -> None:
     session = load(built(generation, "w16"))
     for start in range(0, 100, 20):
