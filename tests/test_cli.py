@@ -90,10 +90,10 @@ def test_run_guesses_tokens_where_it_is_told_to(
     plain = run(capsys, *words)
     assert run(capsys, *words, "--draft", "lookup") == plain
     assert run(capsys, *words, "--draft", "head")[0] == 2
-    monkeypatch.setattr("edgeq.backends.onnx.session.OnnxSession.one_way", "it only counts")
+    monkeypatch.setattr("edgeq.backends.onnx.session.POSITIONS", "no such input")
     code, printed, err = run(capsys, *words, "--draft", "lookup")
     assert (code, printed) == plain[:2]
-    assert "token by token: it only counts" in err
+    assert "token by token: the bundle's graph gives the last" in err
 
 
 def test_a_folder_that_is_no_bundle_is_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_decoding_runs_the_graph_that_computes_the_last_logits_only(built: Build
 def test_logits_of_chosen_positions_are_those_of_the_whole_sequence(built: Build) -> None:
     session = load(built("3", "w16"))
     wanted = session.logits(IDS[:18])
+    assert session.one_way is None
     session.begin(40)
     np.testing.assert_allclose(session.advance(IDS[:10]), wanted[9:10], atol=1e-4)
     np.testing.assert_allclose(session.advance(IDS[10:14], 4), wanted[10:14], atol=1e-4)
@@ -131,6 +132,13 @@ def test_tokens_that_were_taken_back_leave_nothing_behind(
     wanted = led.straight(session, IDS[:prompt], IDS[40:80])
     np.testing.assert_allclose(led.with_detours(session, IDS[:prompt], IDS[40:80]), wanted, atol=2e-4)
     np.testing.assert_array_equal(led.straight(session, IDS[:prompt], IDS[40:80]), wanted)
+
+
+@pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
+def test_with_codes_in_matrices_and_cache_drafts_change_no_bit(built: Build, generation: str) -> None:
+    session = load(built(generation, "w4g32-e8-rtn-kv8"))
+    wanted = led.straight(session, IDS[:30], IDS[40:80])
+    np.testing.assert_array_equal(led.with_detours(session, IDS[:30], IDS[40:80]), wanted)
 
 
 @pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])

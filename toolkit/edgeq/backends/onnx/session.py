@@ -43,6 +43,7 @@ class OnnxSession:
     """
 
     placement: tuple[Placement, ...]
+    one_way: str | None
 
     def __init__(self, folder: Path, bundle: Bundle) -> None:
         os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -58,6 +59,8 @@ class OnnxSession:
         except MissingTool as missing:
             self._fall_back(str(missing))
         self._load(MODEL)
+        chooses = any(entry.name == POSITIONS for entry in self._engine.get_overridable_initializers())
+        self.one_way = None if chooses else "the bundle's graph gives the last token's logits alone: build it again"
 
     def generate(self, ids: Sequence[int], tokens: int) -> Iterator[int]:
         """Greedy continuation; end-of-sequence tokens are not special here."""
@@ -76,13 +79,6 @@ class OnnxSession:
         self._load(SCORER)
         self._reset(len(ids))
         return np.concatenate([self._step(chunk) for chunk in self._chunks(ids, SCORE_CHUNK)])
-
-    @property
-    def one_way(self) -> str | None:
-        """Bundles of older versions give no logits before the last."""
-        if any(entry.name == POSITIONS for entry in self._engine.get_overridable_initializers()):
-            return None
-        return "the bundle's graph gives the last token's logits alone: build it again"
 
     def drafter(self) -> None:
         """The model brings none here."""
