@@ -15,7 +15,7 @@ from rich.table import Table
 
 from checkpoints import Build
 from edgeq.checkpoint import Checkpoint
-from peers import arithmetic, bandwidth, base, figures, loss, ours, serving, shown, speed, texts
+from peers import arithmetic, bandwidth, base, build, child, figures, loss, ours, serving, shown, speed, texts
 from peers.base import Side, Unavailable
 from peers.everyone import PEERS
 from peers.loss import Loss
@@ -35,6 +35,8 @@ class Engine:
             raise SystemExit("no such arithmetic")
         return np.eye(4, dtype=np.float32)[ids]
     def moments(self, ids, tokens):
+        if self.words[0] == "short" and tokens > 2:
+            raise SystemExit("no more tokens")
         return serving.moments(iter(range(tokens)))
 def make(checkpoint, calibration, out, *words):
     if "broken" in words:
@@ -280,3 +282,24 @@ def test_graphs_are_weighed_without_caches_and_made_to_multiply_floats(tmp_path:
 def test_the_bandwidth_is_one_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bandwidth, "_BYTES", 1 << 20)
     assert bandwidth.measure(1) > 0
+
+
+def test_costs_that_neither_side_has_are_left_out() -> None:
+    pairs = [build.Build(child.Cost(wall, 1.0, 5, 4, 0.1), 10, 0) for wall in (1.0, 3.0)]
+    rows = list(build.compare("build", pairs[:1], pairs[1:], build.BUILDER))
+    assert "disk beside it" not in [row.what for row in rows]
+    assert [figures.verdict(row) for row in rows if row.goal] == ["met", "met"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_side_that_dies_between_rounds_is_named_and_the_others_go_on(tmp_path: Path, tiny: Build) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    sides = [
+        Side(Small(folder), folder.name, words) for folder, words in zip(folders, (("a",), ("short",)), strict=True)
+    ]
+    found = {each.side: each for each in speed.measure(sides, Checkpoint.open(tiny("3")), "m", tmp_path, 2)}
+    assert len(found["small one"].decode) == 2
+    assert found["small two"].reason == "exit code 1: no more tokens"
+    assert not found["small two"].decode

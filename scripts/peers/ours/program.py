@@ -17,6 +17,8 @@ from edgeq import backends, bundle
 from edgeq.backends.base import Session
 from edgeq.backends.llamacpp.gguf import MODEL as GGUF
 from edgeq.backends.onnx.weights import MODEL as ONNX
+from edgeq.bundle import Bundle
+from edgeq.model import read_config
 from peers import arithmetic, serving
 
 BUNDLE = "bundle"
@@ -36,10 +38,7 @@ class Engine:
     def __init__(self, folder: Path, how: str, threads: int) -> None:
         place = folder / BUNDLE
         made = bundle.read(place)
-        sizes = (
-            arithmetic.gguf_bytes(place / GGUF) if made.backend == "llamacpp" else arithmetic.onnx_bytes(place / ONNX)
-        )
-        self.weights_bytes, self.read_bytes = sizes
+        self.weights_bytes, self.read_bytes = _sizes(place, made)
         if how == serving.WEIGHTS_ONLY:
             exact = arithmetic.float_gguf(place, GGUF, threads) if made.backend == "llamacpp" else None
             place = exact or arithmetic.float_onnx(place)
@@ -52,6 +51,17 @@ class Engine:
     def moments(self, ids: Sequence[int], tokens: int) -> list[float]:
         """Seconds until each token of the session's continuation."""
         return serving.moments(self._session.generate(ids, tokens))
+
+
+def _sizes(place: Path, made: Bundle) -> tuple[int, int]:
+    """Bytes of weights in all, and of those that a token reads; a compiled model's are those that were predicted."""
+    match made.backend:
+        case "llamacpp":
+            return arithmetic.gguf_bytes(place / GGUF)
+        case "onnx":
+            return arithmetic.onnx_bytes(place / ONNX)
+    predicted = round(made.bits_per_weight * read_config(made.config).parameters / 8)
+    return predicted, predicted
 
 
 if __name__ == "__main__":
