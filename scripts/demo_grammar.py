@@ -496,6 +496,17 @@ QUESTION_COUNTS = {
 }
 
 
+def calibration_text(seed: int, size: int) -> str:
+    """Documents as in training, which share no instance with the held-out text, up to a size in characters."""
+    found, length = [], 0
+    for document in training_stream(seed, thinking=True):
+        found.append(document)
+        length += len(document) + 1
+        if length >= size:
+            break
+    return "\n".join(found)
+
+
 def questions(seed: int) -> list[dict[str, object]]:
     """The questions with four choices, each place right equally often; compositional ones are all unseen."""
     rng = random.Random(seed)

@@ -123,9 +123,9 @@ def random_tensors(model: Model, seed: int, multimodal: bool) -> dict[str, NDArr
             "model.visual.patch_embed.proj.weight": (32, 3, 2, 4, 4),
             "model.visual.blocks.0.attn.qkv.weight": (96, 32),
             "model.visual.blocks.0.attn.qkv.bias": (96,),
-            "mtp.fc.weight": (64, 128),
-            "mtp.norm.weight": (64,),
         }.items():
+            found[name] = random.normal(0, 0.05, shape).astype(np.float32)
+        for name, shape in model.head_tensors().items():
             found[name] = random.normal(0, 0.05, shape).astype(np.float32)
     return found
 

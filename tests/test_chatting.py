@@ -202,3 +202,36 @@ def test_closing_the_chat_closes_the_session(folder: Path, monkeypatch: pytest.M
     chat, session = scripted(folder, monkeypatch, [])
     chat.close()
     assert session.closed
+
+
+def test_lookup_answers_the_same_in_fewer_steps(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    null_bundles.write(folder, template=THINKING)
+    chat, led = Chat(folder), Chat(folder, draft="lookup")
+    begun: list[int] = []
+    monkeypatch.setattr(NullSession, "begin", lambda self, tokens: begun.append(tokens))
+    wanted = "".join(chat.reply(HELLO, 20))
+    assert not begun
+    assert "".join(led.reply(HELLO, 20)) == wanted
+    assert len(begun) == 1
+    assert led.no_draft is None
+
+
+@pytest.mark.parametrize(
+    ("way", "words"), [("head", "no multi-token-prediction head"), ("luck", "Known: lookup, head")]
+)
+def test_a_way_to_guess_that_is_not_there_is_a_usage_error(folder: Path, way: str, words: str) -> None:
+    null_bundles.write(folder, template=THINKING)
+    with pytest.raises(UsageFault) as caught:
+        list(Chat(folder, draft=way).reply(HELLO, 20))
+    assert words in str(caught.value)
+
+
+def test_lookup_on_a_session_that_cannot_take_tokens_back_is_plain_and_says_why(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    null_bundles.write(folder, template=THINKING)
+    monkeypatch.setattr(NullSession, "one_way", "it only counts")
+    chat = Chat(folder, draft="lookup")
+    assert chat.no_draft == "it only counts"
+    assert "".join(chat.reply(HELLO, 20)) == "".join(Chat(folder).reply(HELLO, 20))
+    assert Chat(folder).no_draft is None

@@ -83,6 +83,19 @@ def test_verify_and_run_work_on_a_bundle(capsys: pytest.CaptureFixture[str], bui
     assert run(capsys, "run", folder, "Hello", "--max-tokens", "4")[0] == 0
 
 
+def test_run_guesses_tokens_where_it_is_told_to(
+    capsys: pytest.CaptureFixture[str], built: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("run", str(built("3", "w16")), "Hello hello hello", "--max-tokens", "30")
+    plain = run(capsys, *words)
+    assert run(capsys, *words, "--draft", "lookup") == plain
+    assert run(capsys, *words, "--draft", "head")[0] == 2
+    monkeypatch.setattr("edgeq.backends.onnx.session.OnnxSession.one_way", "it only counts")
+    code, printed, err = run(capsys, *words, "--draft", "lookup")
+    assert (code, printed) == plain[:2]
+    assert "token by token: it only counts" in err
+
+
 def test_a_folder_that_is_no_bundle_is_a_usage_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for command in ("verify", "profile", "run"):
         code, _, err = run(capsys, command, str(tmp_path))

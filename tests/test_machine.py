@@ -86,6 +86,23 @@ def test_affinity_is_respected(tmp_path: Path) -> None:
     assert physical_cores(root) == 2
 
 
+@pytest.mark.parametrize(
+    ("capacities", "cores"),
+    [
+        ((250,) * 4 + (870,) * 3 + (1024,), 4),  # one prime, three big, four small: the prime core is not left alone
+        ((160,) * 4 + (1024,) * 4, 4),
+        ((800,) * 6 + (1024,) * 2, 8),  # no small ones
+        ((530,) * 4 + (1024, 1024, 1004, 1004), 4),
+        ((1024,) * 4, 4),
+    ],
+)
+def test_small_cores_are_left_out_where_they_would_slow_the_big_ones(
+    tmp_path: Path, capacities: tuple[int, ...], cores: int
+) -> None:
+    files = machines.cpus(tuple(map(str, range(len(capacities)))), cpu_capacity=capacities)
+    assert physical_cores(machines.write(tmp_path, files)) == cores
+
+
 def test_a_process_bound_to_the_small_cluster_uses_it(tmp_path: Path) -> None:
     root = machines.rk3588(tmp_path)
     machines.write(root, machines.process("0-3"))

@@ -183,3 +183,12 @@ def outcome(config: dict[str, Any]) -> int:
     except EdgeqError as error:
         return error.exit_code
     return 0
+
+
+def test_a_head_is_one_layer_of_full_attention_with_its_input_and_norms() -> None:
+    found = read_config(checkpoints.config_of("3.5", multimodal=True)).head_tensors()
+    assert found["mtp.fc.weight"] == (64, 128)
+    assert found["mtp.layers.0.self_attn.q_proj.weight"] == (256, 64)
+    assert sum(not name.startswith("mtp.layers.0.") for name in found) == 4
+    assert len(found) == 15
+    assert read_config(checkpoints.config_of("3.5")).head_tensors() == {}

@@ -54,6 +54,21 @@ _DOCUMENT: dict[str, Any] = {
     "decode": [
         {"tokens": 128, "depth": 0, "tokens_per_s": _SPREAD, "gap_s": {"p50": 0.1, "p90": 0.2, "p99": 0.3, "max": 0.4}}
     ],
+    "speculation": [
+        {
+            "method": "prompt lookup",
+            "text": "repeating",
+            "prompt": 128,
+            "tokens": 64,
+            "tokens_per_s": _SPREAD,
+            "plain_tokens_per_s": _SPREAD,
+            "tokens_per_step": 2.5,
+            "same": 1.0,
+            "valid": True,
+            "reason": None,
+        }
+    ],
+    "speculation_reason": None,
     "memory": {
         "peak_rss_bytes": 3 << 20,
         "load": _PHASE,
@@ -118,6 +133,13 @@ def test_a_required_accelerator_must_run_every_layer() -> None:
         profiles.require_accelerator(_placed(("cuda", "Orin", 0, False)), "jetson", "cuda")
     with pytest.raises(MissingTool, match="made for the CPU"):
         profiles.require_accelerator(_placed(("cpu", "CPU", 29, False)), "pi5", "cpu")
+
+
+def test_a_row_from_before_speculation_was_measured_is_read_and_says_so() -> None:
+    older = {key: value for key, value in _DOCUMENT.items() if not key.startswith("speculation")}
+    row = msgspec.convert(older, profiles.Profile)
+    assert row.speculation is None
+    assert "not measured" in str(row.speculation_reason)
 
 
 def test_document_keeps_every_key_and_survives_a_round_trip(tmp_path: Path) -> None:

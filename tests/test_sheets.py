@@ -9,7 +9,7 @@ import pytest
 import checkpoints
 import machines
 from checkpoints import Build
-from edgeq import catalog, hub, machine, planning, recipe, sheets, size
+from edgeq import backends, catalog, hub, machine, planning, recipe, sheets, size
 from edgeq.errors import UsageFault
 from edgeq.model import Model, read_config
 
@@ -32,6 +32,11 @@ def check(sheet: sheets.ModelSheet, model: Model) -> None:
     for row in sheet.recipes:
         assert row.weights_bytes == size.weight_bytes(model, recipe.parse(row.recipe))
         assert row.bits_per_weight == pytest.approx(8 * row.weights_bytes / model.parameters)
+        for held in row.backends:
+            wanted, engine = recipe.parse(row.recipe), backends.get(held.backend)
+            engine.check(model, wanted)
+            assert held.weights_bytes == size.weight_bytes(model, wanted, engine.scale_bits(wanted))
+            assert held.bits_per_weight == pytest.approx(8 * held.weights_bytes / model.parameters)
     assert msgspec.json.decode(msgspec.json.encode(sheet), type=sheets.ModelSheet) == sheet
 
 
@@ -43,6 +48,32 @@ def test_a_catalogue_models_sheet_needs_no_hub(name: str) -> None:
     assert (sheet.name, sheet.hub, sheet.license) == (name, entry.hub, entry.license)
     assert sheet.modality == entry.modality
     assert ("vision" in sheet.left_out) is entry.model.has_vision
+
+
+def test_each_recipe_says_which_backends_run_it() -> None:
+    def runs(name: str) -> dict[str, list[str]]:
+        sheet = sheets.model(name, offline=True)
+        return {row.recipe: [held.backend for held in row.backends] for row in sheet.recipes}
+
+    found = runs("qwen3-0.6b")
+    assert found["w16"] == found["w4g32-e8-rtn"] == ["onnx", "llamacpp", "mlc"]
+    assert found["w4ag32-e8-mse"] == found["w2ag32-e8-mse"] == ["onnx"]
+    assert found["w8gcol-e8-rtn"] == found["w4g128-e8-mse"] == ["onnx", "mlc"]
+    assert found["q4_k-eq6_k-rtn"] == found["q2_k-eq6_k-rtn"] == ["llamacpp"]
+    assert all(found.values())
+    narrow = runs("qwen2.5-0.5b")
+    assert narrow["q4_k-eq6_k-rtn"] == []
+    assert narrow["w4ag32-e8-mse"] == ["onnx"]
+
+
+def test_backends_differ_in_what_a_scale_takes() -> None:
+    sheet = sheets.model("qwen3-0.6b", offline=True)
+    (row,) = (row for row in sheet.recipes if row.recipe == "w4g32-e8-rtn")
+    assert {held.backend: round(held.bits_per_weight, 2) for held in row.backends} == {
+        "onnx": 6.05,
+        "llamacpp": 5.55,
+        "mlc": 6.05,
+    }
 
 
 def test_a_hub_id_of_the_catalogue_needs_no_hub_either() -> None:

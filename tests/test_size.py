@@ -8,7 +8,7 @@ import checkpoints
 from edgeq import catalog, size
 from edgeq.errors import UsageFault
 from edgeq.model import Model, read_config
-from edgeq.recipe import SHIPPED, parse
+from edgeq.recipe import parse
 
 
 def bytes_by_hand(model: Model, body: float, table: float) -> float:
@@ -39,12 +39,15 @@ def test_bytes_are_packed_bits_and_scales_and_float32_for_the_rest(name: str) ->
 def test_bits_per_weight_are_the_mean_over_all_parameters() -> None:
     model = catalog.load("qwen3-0.6b").model
     assert size.bits_per_weight(model, parse("w16")) == pytest.approx(16.0018, abs=1e-4)
-    assert [round(size.bits_per_weight(model, parse(name)), 2) for name in SHIPPED[1:]] == [9.0, 6.05, 5.0]
+    assert [
+        round(size.bits_per_weight(model, parse(name)), 2)
+        for name in ("w8g32-e8-rtn", "w8gcol-e8-rtn", "w4g32-e8-rtn", "w4ag32-e8-mse", "w4g32-e4-rtn", "w4g128-e16-mse")
+    ] == [9.0, 8.06, 6.05, 6.14, 5.0, 7.32]
 
 
 @pytest.mark.parametrize("name", catalog.names())
-@pytest.mark.parametrize("recipe", SHIPPED)
-def test_shipped_recipes_divide_every_model_of_the_catalogue(name: str, recipe: str) -> None:
+@pytest.mark.parametrize("recipe", ["w16", "w8g32-e8-rtn", "w4ag128-e4-mse", "w2gcol-e8-rtn", "q4_1-eiq4_nl-rtn"])
+def test_groups_up_to_128_and_columns_divide_every_model_of_the_catalogue(name: str, recipe: str) -> None:
     size.check_groups(catalog.load(name).model, parse(recipe))
 
 
@@ -67,6 +70,26 @@ def test_a_group_that_does_not_divide_is_refused_with_the_matrix(generation: str
     assert not size.divides(model, parse(recipe))
     size.check_groups(model, parse("w4g32-e8-rtn"))
     assert size.divides(model, parse("w4g32-e8-rtn"))
+
+
+def test_a_column_has_the_inputs_of_each_matrix() -> None:
+    model = catalog.load("qwen3-0.6b").model
+    wanted = parse("w4gcol-e8-rtn")
+    found = {
+        name.rpartition(".mlp.")[2]: size.layout_of(model, wanted, name)
+        for name in ("model.embed_tokens.weight", "model.layers.0.mlp.down_proj.weight")
+    }
+    assert {name: (each.bits, each.group) for name, each in found.items()} == {
+        "model.embed_tokens.weight": (8, 1024),
+        "down_proj.weight": (4, 3072),
+    }
+
+
+def test_a_column_needs_rows_that_runs_of_16_divide() -> None:
+    model = read_config(checkpoints.config_of("3") | {"intermediate_size": 40})
+    with pytest.raises(UsageFault, match="group 16 does not divide the 40 inputs"):
+        size.check_groups(model, parse("w4gcol-e8-rtn"))
+    size.check_groups(read_config(checkpoints.config_of("3") | {"intermediate_size": 48}), parse("w4gcol-e8-rtn"))
 
 
 def test_groups_matter_to_quantized_matrices_alone() -> None:
@@ -95,7 +118,10 @@ def test_layouts_with_blocks_of_256_are_refused_where_rows_do_not_fill_them() ->
     size.check_groups(catalog.load("qwen3-0.6b").model, parse("q4_k-eq6_k-rtn"))
 
 
-@pytest.mark.parametrize(("recipe", "fallback"), [("q4_k", "q4_1"), ("q5_k", "w8g32"), ("q6_k", "w8g32")])
+@pytest.mark.parametrize(
+    ("recipe", "fallback"),
+    [("q2_k", "q4_1"), ("iq4_xs", "q4_1"), ("q4_k", "q4_1"), ("q5_k", "w8g32"), ("q6_k", "w8g32")],
+)
 def test_value_heads_in_another_order_get_blocks_that_do_not_mix_them(recipe: str, fallback: str) -> None:
     name = "model.layers.0.linear_attn.out_proj.weight"
     wanted = parse(f"{recipe}-e8-rtn")

@@ -97,9 +97,10 @@ def verdict(row: Row) -> str:
     return "within noise" if row.goal.holds(found.low) or row.goal.holds(found.high) else "missed"
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """All rows, the parts apart."""
-    shown = Table(*_COLUMNS, box=None, pad_edge=False)
+def table(rows: Sequence[Row], peer: str = "peer", edgeq: str = "edgeq") -> Table:
+    """All rows, the parts apart, under the two sides' names."""
+    names = {"peer": peer, "edgeq": edgeq}
+    shown = Table(*(names.get(name, name) for name in _COLUMNS), box=None, pad_edge=False)
     for before, row in zip([None, *rows], rows, strict=False):
         if before is None or before.part != row.part:
             shown.add_row(f"[bold]{row.part}", *[""] * (len(_COLUMNS) - 1))

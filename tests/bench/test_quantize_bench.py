@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgeq.backends.onnx.weights import pack
-from edgeq.quantize import rtn
+from edgeq.quantize import mse, rtn
 
 ROWS, INPUTS = 1024, 1024
 
@@ -23,6 +23,13 @@ def test_round_to_nearest(benchmark: Any, weights: np.ndarray, bits: int) -> Non
     codes, scales, _ = benchmark(rtn.quantize, weights, bits, 32)
     assert codes.shape == (ROWS, INPUTS)
     assert scales.shape == (ROWS, INPUTS // 32)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_clipped_grids(benchmark: Any, weights: np.ndarray, symmetric: bool) -> None:
+    codes, scales, _ = benchmark(mse.quantize, weights[:256], 4, 32, symmetric=symmetric)
+    assert codes.shape == (256, INPUTS)
+    assert scales.shape == (256, INPUTS // 32)
 
 
 def test_four_bit_packing(benchmark: Any, weights: np.ndarray) -> None:

@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from edgeq import bundle
+from edgeq.backends.null import NullSession
 from edgeq.errors import UsageFault
 from edgeq.profiles import Energy
 from edgeq.profiling import child, energy, messages
@@ -78,6 +79,15 @@ def test_energy_of_a_prompt_is_not_guessed_from_power_around_it(
     found = _energy_of_a_short_prompt(null_bundle, monkeypatch, rail)
     assert found.prefill_j_per_token is None
     assert "prefill: power can be read only before and after a prompt" in (found.reason or "")
+
+
+def test_a_session_that_cannot_take_tokens_back_is_not_asked_to(
+    null_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(NullSession, "one_way", "it only counts")
+    job = messages.SpeedJob(folder=str(null_bundle), prompts=(8,), tokens=4, depths=(0,), repetitions=1)
+    found = child.speed(job, lambda message: None)
+    assert (found.guessed, found.guessed_reason) == ((), "it only counts")
 
 
 def test_configurations_are_each_prompt_and_each_depth() -> None:

@@ -38,6 +38,8 @@ _PROMISED: dict[str, Any] = {
     "first_token_s": {"median", "low", "high", "cv", "samples"},
     "prefill": {},
     "decode": {},
+    "speculation": {},
+    "speculation_reason": {},
     "memory": {"peak_rss_bytes", "load", "prefill", "decode", "device_peak_bytes", "kv_cache_bytes_per_token"},
     "energy": {"decode_j_per_token", "prefill_j_per_token", "sensor", "scope", "reason"},
     "accuracy": {
@@ -81,6 +83,9 @@ def test_a_row_of_the_null_backend(null_bundle: Path, target: Target, machine: M
     assert [(one["tokens"], one["depth"]) for one in document["decode"]] == [(6, 0), (6, 16)]
     assert all(len(one["tokens_per_s"]["samples"]) >= 2 for one in document["prefill"] + document["decode"])
     assert set(document["decode"][0]["gap_s"]) == {"p50", "p90", "p99", "max"}
+    assert [(one["text"], one["tokens"]) for one in document["speculation"]] == [("repeating", 6), ("ordinary", 6)]
+    assert document["speculation_reason"] is None
+    assert all(one["same"] == 1 for one in document["speculation"])
     assert document["accuracy"]["kl_max"] < 1e-9
     assert document["accuracy"]["tokens"] == 4 * 23
     assert document["first_token_from"] == "ids"
@@ -148,10 +153,13 @@ def test_a_first_load_like_any_other_is_not_timed(
     assert (load.first_s, load.first_reason) == (None, reason)
 
 
-def test_without_a_reference_accuracy_says_so(null_bundle: Path, target: Target, machine: Machine) -> None:
+def test_without_a_reference_accuracy_and_speculation_say_so(
+    null_bundle: Path, target: Target, machine: Machine
+) -> None:
     (null_bundle / bundle.REFERENCE).unlink()
     row = profile(null_bundle, target, machine, Plan((8,), 4, (0,), 1), progress=_silent)
     assert (row.accuracy, row.accuracy_reason) == (None, "the bundle holds no reference.npz")
+    assert (row.speculation, row.speculation_reason) == (None, "the bundle holds no reference.npz")
 
 
 def test_a_given_reference_comes_before_the_bundles_own(
@@ -171,17 +179,24 @@ def test_a_tokenizer_makes_first_token_start_from_text(null_bundle: Path, target
     assert row.first_token_from == "text"
 
 
+@pytest.mark.parametrize(("recipe", "value_bytes"), [("w4g32-e8-rtn", 4), ("w4g32-e8-rtn-kv8", 1)])
 def test_kv_cache_of_the_onnx_backend_is_predicted(
-    null_bundle: Path, target: Target, machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    null_bundle: Path,
+    target: Target,
+    machine: Machine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recipe: str,
+    value_bytes: int,
 ) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "from edgeq import backends\nbackends._MODULES['onnx'] = backends._MODULES['null']\n"
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    manifest = msgspec.structs.replace(bundle.read(null_bundle), backend="onnx", config=_QWEN3)
+    manifest = msgspec.structs.replace(bundle.read(null_bundle), backend="onnx", config=_QWEN3, recipe=recipe)
     (null_bundle / bundle.MANIFEST).write_bytes(msgspec.json.encode(bundle.seal(manifest)))
     row = profile(null_bundle, target, machine, Plan((8,), 4, (0,), 1, "none"), progress=_silent)
-    assert row.memory.kv_cache_bytes_per_token == 2 * 28 * 8 * 128 * 4
+    assert row.memory.kv_cache_bytes_per_token == 2 * 28 * 8 * 128 * value_bytes
     assert row.tools == (f"edgeq {VERSION}", f"onnxruntime {importlib.metadata.version('onnxruntime')}")
 
 

@@ -29,3 +29,11 @@ def test_symmetric_means_the_middle_code_everywhere() -> None:
     assert not solution(middle, bits=8).symmetric
     middle[1, 1] = 7
     assert not solution(middle).symmetric
+
+
+def test_in_smaller_groups_it_is_the_same_matrix() -> None:
+    whole = solution(np.array([[8, 8], [0, 3]], np.uint8))
+    small = whole.in_groups(1)
+    assert (small.group, small.scales.shape, small.zero_points.shape) == (1, (2, 4), (2, 4))
+    assert small.dequantize().tolist() == whole.dequantize().tolist()
+    assert whole.in_groups(2).scales.tolist() == whole.scales.tolist()

@@ -12,7 +12,7 @@ from checkpoints import Build
 from edgeq import recipe, size
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import GateFailed, UnsupportedModel, UsageFault
-from edgeq.quantize import rtn, solve
+from edgeq.quantize import mse, rtn, solve
 from edgeq.quantize.solution import Solution
 
 MATRIX = "model.layers.0.mlp.down_proj.weight"
@@ -41,13 +41,48 @@ def test_the_solution_is_that_of_the_whole_matrix_whatever_the_pieces_and_thread
         assert (found.name, found.group) == (name, 32)
 
 
+@pytest.mark.parametrize("word", ["w4ag32-e8-mse", "w2gcol-e16-rtn", "w8agcol-e8-rtn", "w4gcol-e4-mse"])
+def test_new_layouts_are_the_same_too_whatever_the_pieces(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    wanted = recipe.parse(word)
+    whole = solve.solve(checkpoint, wanted, MATRIX)
+    assert isinstance(whole, Solution)
+    assert whole.group == (wanted.body.group if wanted.body.group > 0 else 128)
+    assert whole.symmetric is wanted.body.symmetric
+    quantize = {"rtn": rtn.quantize, "mse": mse.quantize}[wanted.method]
+    wanted_codes = quantize(checkpoint.tensor(MATRIX), whole.bits, whole.group, symmetric=wanted.body.symmetric)[0]
+    monkeypatch.setattr(solve, "PIECE", 1000)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    pieces = solve.solve(checkpoint, wanted, MATRIX)
+    for found in (whole.codes, pieces.codes):
+        np.testing.assert_array_equal(found, wanted_codes)
+
+
+@pytest.mark.parametrize("word", ["w2g32-e8-rtn", "w2ag128-e8-rtn", "w2gcol-e8-rtn", "w4gcol-e8-rtn"])
+@pytest.mark.parametrize("tail", [3, 30])
+def test_few_bits_lose_less_than_the_limit_and_zeros_lose_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, word: str, tail: float
+) -> None:
+    def random(matrix: Any) -> None:
+        matrix[:] = np.random.default_rng(7).standard_t(tail, matrix.shape) * 0.02
+
+    checkpoint = with_weights(tmp_path, random)
+    solve.solve(checkpoint, recipe.parse(word), MATRIX)
+
+    quantize = rtn.quantize
+    monkeypatch.setattr(rtn, "quantize", lambda weights, *layout, **which: quantize(0 * weights, *layout, **which))
+    with pytest.raises(GateFailed):
+        solve.solve(checkpoint, recipe.parse(word), MATRIX)
+
+
 def test_no_piece_is_larger_than_the_limit(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     quantize = rtn.quantize
 
-    def measured(weights: Any, bits: int, group: int) -> Any:
+    def measured(weights: Any, bits: int, group: int, *, symmetric: bool) -> Any:
         sizes.append(weights.size)
-        return quantize(weights, bits, group)
+        return quantize(weights, bits, group, symmetric=symmetric)
 
     monkeypatch.setattr(solve, "PIECE", 1000)
     monkeypatch.setattr(rtn, "quantize", measured)
@@ -119,8 +154,8 @@ def test_a_solution_that_is_not_the_matrix_any_more_fails_the_gate(
 ) -> None:
     quantize = rtn.quantize
 
-    def flipped(weights: Any, bits: int, group: int) -> Any:
-        codes, scales, zero_points = quantize(weights, bits, group)
+    def flipped(weights: Any, bits: int, group: int, *, symmetric: bool) -> Any:
+        codes, scales, zero_points = quantize(weights, bits, group, symmetric=symmetric)
         return codes, -scales, zero_points
 
     monkeypatch.setattr(rtn, "quantize", flipped)
@@ -135,6 +170,14 @@ def test_rounded_is_what_the_recipe_makes_of_a_matrix(checkpoint: Checkpoint) ->
         solve.rounded(checkpoint, word, MATRIX), solve.solve(checkpoint, word, MATRIX).dequantize()
     )
     np.testing.assert_array_equal(solve.rounded(checkpoint, recipe.parse("w16"), MATRIX), checkpoint.tensor(MATRIX))
+
+
+def test_a_table_of_16_bits_beside_a_quantized_body_is_the_checkpoints_own(tiny: Build) -> None:
+    checkpoint = Checkpoint.open(tiny("3"))
+    word = recipe.parse("w4g32-e16-rtn")
+    np.testing.assert_array_equal(solve.rounded(checkpoint, word, TABLE), checkpoint.tensor(TABLE))
+    assert solve.float_type(checkpoint, word, TABLE).name == "bfloat16"
+    assert (solve.rounded(checkpoint, word, MATRIX) != checkpoint.tensor(MATRIX)).any()
 
 
 @pytest.mark.parametrize(("stored", "kept"), [("bf16", "bfloat16"), ("f16", "float16"), ("f32", "bfloat16")])

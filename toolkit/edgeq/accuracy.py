@@ -32,7 +32,8 @@ class Reference:
 
     windows: int32 [count, length]; ids: uint32 and log_probs: float32 [count, length - 1, k], likeliest first;
     next_log_probs: float32 [count, length - 1], of the token that the text goes on with;
-    continuation: int32, the reference's greedy continuation of the first `PROMPT` tokens of the first window.
+    continuation: int32, what the bundle that it was recorded for wrote after the first `PROMPT` tokens of the first
+    window; empty before.
     """
 
     windows: NDArray[np.int32]

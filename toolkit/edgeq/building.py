@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import shutil
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
 import msgspec
+import numpy as np
 
-from edgeq import accuracy, backends, bundle, chat, data, gate, reference, sources, store, transformer
-from edgeq.backends.base import Job, Progress
+from edgeq import accuracy, backends, bundle, calibration, chat, data, gate, sources, store
+from edgeq.accuracy import Reference
+from edgeq.backends.base import Backend, Job, Progress
 from edgeq.bundle import Bundle, Gate, MemoryPlan, Source
+from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import NothingFits
 from edgeq.planning import Plan
 from edgeq.profiles import Phase
 from edgeq.profiling import memory
 from edgeq.version import VERSION
+from edgeq.walk import footprint, windows
+from edgeq.walk import run as walk
+from edgeq.walk.run import Walked
 
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _TEMPLATE = "chat_template.jinja"
@@ -76,29 +85,65 @@ def build(work: Plan, progress: Progress) -> Built:
     template = checkpoint.chat_template()
     if template is not None:
         chat.render(template, chat.SAMPLE)
-    transformer.check_memory(checkpoint.model)
-    with store.staging(work.out, work.bytes) as folder:
+    held = windows.quick(checkpoint, data.held_out(), work.context - accuracy.CONTINUATION)
+    footprint.require(checkpoint.model, held, work.recipe, calibration.WINDOWS * calibration.LENGTH)
+    with store.staging(work.out, work.bytes) as folder, ExitStack() as stack:
         checkpoint.scan(lambda done, total: step("scan", done, total))
-        text = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")
-        record, weights_only = reference.quick(checkpoint, work.recipe, text, work.context, step)
+        source, text, kept = origin.source(checkpoint), None, None
+        if work.calibration is not None:
+            text = calibration.read(checkpoint, work.calibration, source.kind == "demo", checkpoint.model.context, step)
+            kept = stack.enter_context(store.resumable(folder.parent, _walk_key(work, source, text)))
+        walked = walk.quantize(checkpoint, work.recipe, held, None if text is None else text.windows, kept, step)
         _copy_side_files(checkpoint, template, folder)
-        compiled = engine.build(Job(checkpoint, work.recipe, work.target, work.context, step), folder)
-        accuracy.save(record, folder / bundle.REFERENCE)
-        draft = _describe(work, origin.source(checkpoint), checkpoint, folder, engine.provider(work.target), tools)
+        compiled = engine.build(Job(checkpoint, work.recipe, work.target, work.context, step, kept), folder)
+        accuracy.save(walked.reference, folder / bundle.REFERENCE)
+        draft = _describe(work, source, checkpoint, folder, engine.provider(work.target), tools)
         if compiled is not None:
             draft = msgspec.structs.replace(draft, kernels=compiled.kernels, memory=compiled.memory)
+        if text is not None:
+            fitted = bundle.Calibration(text.source, text.sha256, int(text.windows.size))
+            draft = msgspec.structs.replace(draft, calibration=fitted)
         _check_size(work, draft)
-        session = engine.load(folder, draft)
-        try:
-            result = gate.check(record, session, work.max_loss, weights_only, step)
-        finally:
-            session.close()
+        result, record = _gate(engine, folder, draft, checkpoint, walked, work.max_loss, step)
         lossy = result.kl_mean is not None and result.kl_mean > work.max_loss
         what = f"{work.name} {work.recipe} on {work.backend}, no bundle was kept"
         gate.require(result, what, _MORE_BITS if lossy else _BROKEN)
-        sealed = bundle.seal(msgspec.structs.replace(draft, gate=result))
+        accuracy.save(record, folder / bundle.REFERENCE)
+        sealed = bundle.seal(msgspec.structs.replace(draft, gate=result, files=bundle.files_in(folder)))
         (folder / bundle.MANIFEST).write_bytes(data.to_json(sealed))
     return _report(work, sealed, time.monotonic() - started, peak)
+
+
+def _gate(
+    engine: Backend,
+    folder: Path,
+    draft: Bundle,
+    checkpoint: Checkpoint,
+    walked: Walked,
+    max_loss: float,
+    progress: Progress,
+) -> tuple[Gate, Reference]:
+    """Gate's result, and the reference with what the bundle wrote."""
+    session = engine.load(folder, draft)
+    try:
+        result = gate.check(
+            walked.reference,
+            session,
+            max_loss,
+            walked.weights_only,
+            progress,
+            lambda tokens: walk.logits(checkpoint, tokens, progress),
+        )
+        written = np.array(gate.decoded(walked.reference, session) if result.passed else [], np.int32)
+    finally:
+        session.close()
+    return result, dataclasses.replace(walked.reference, continuation=written)
+
+
+def _walk_key(work: Plan, source: Source, text: Calibration) -> str:
+    """Digest of all that a walk's result depends on."""
+    parts = (VERSION, str(work.recipe), text.sha256, str(text.windows.shape), str(work.context))
+    return hashlib.sha256("\n".join((*parts, *(file.sha256 for file in source.files))).encode()).hexdigest()[:16]
 
 
 def _check_size(work: Plan, made: Bundle) -> None:

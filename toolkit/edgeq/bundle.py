@@ -34,6 +34,14 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     files: tuple[File, ...]
 
 
+class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What matrices were fitted to: bundled, self or a path; SHA-256 of the text, or of tokens that the model wrote."""
+
+    source: str
+    sha256: str
+    tokens: int
+
+
 class Gate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Result of the accuracy gate: KL divergences in nats per token, agreement from 0 to 1.
 
@@ -106,6 +114,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     gate: Gate
     kernels: Literal["compiled", "unchecked"] | None = None
     memory: MemoryPlan | None = None
+    calibration: Calibration | None = None
 
     @property
     def bytes(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from edgeq import backends, bundle, chat, data, profiles
+from edgeq import backends, bundle, chat, data, profiles, speculation
 from edgeq.errors import CorruptInput, UsageFault
 
 
@@ -21,8 +22,13 @@ class GenerationConfig(msgspec.Struct):
 class Chat:
     """A loaded bundle that answers messages; close it when done."""
 
-    def __init__(self, folder: Path) -> None:
-        """Check and load a bundle; raises DigestMismatch when its bytes changed, UsageFault without a template."""
+    def __init__(self, folder: Path, *, draft: str | None = None) -> None:
+        """Check and load a bundle; raises DigestMismatch when its bytes changed, UsageFault without a template.
+
+        With `draft`, `lookup` or `head`, tokens are guessed that way and checked several at once; `no_draft` says why
+        not, where the engine cannot. It is not the default, since engines round: of two tokens that are equally likely
+        to within that, it may take the other one than decoding one by one does (see `speculation.generate`).
+        """
         from tokenizers import Tokenizer
 
         made = bundle.read(folder)
@@ -38,6 +44,8 @@ class Chat:
             raise CorruptInput(f"{folder / 'tokenizer.json'}: not a tokenizer", why=str(error)) from error
         self._stops = _stops(folder, self._tokenizer)
         self._session = backends.get(made.backend).load(folder, made)
+        self.no_draft = self._session.one_way if draft else None
+        self._generate = partial(speculation.generate, self._session, way=draft) if draft else self._session.generate
         self.placement = self._session.placement
         self.target, self.provider = made.target, made.provider
         self.elsewhere = _elsewhere(made, profiles.provider(self.placement))
@@ -62,7 +70,7 @@ class Chat:
                 run="start a new conversation, or build with a larger --context",
             )
         stream = DecodeStream(skip_special_tokens=False)
-        for token in self._session.generate(prompt, min(tokens, room)):
+        for token in self._generate(prompt, min(tokens, room)):
             if token in self._stops:
                 return
             if piece := stream.step(self._tokenizer, token):

@@ -39,12 +39,16 @@ _AGAIN = "copy or download the checkpoint again"
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A folder whose files agree with each other; `entries` finds a tensor by its text-only name."""
+    """A folder whose files agree with each other; `entries` finds a tensor by its text-only name.
+
+    `head` does so for the multi-token-prediction head; it is empty when the weights hold no head, or a part of one.
+    """
 
     folder: Path
     model: Model
     weights: tuple[Path, ...]
     entries: Mapping[str, Entry] = field(repr=False)
+    head: Mapping[str, Entry] = field(repr=False, default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -64,23 +68,26 @@ class Checkpoint:
                     f"{folder / 'tokenizer.json'}: missing", why="A model needs its tokenizer.", run=_AGAIN
                 )
             weights, stored = _read_headers(folder)
-        return cls(folder, model, weights, _match(folder, model, stored))
+        return cls(folder, model, weights, _match(folder, model, stored), _head(model, stored))
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Float32 copy of a tensor, in its shape."""
-        entry = self.entries[name]
+        entry = self._entry(name)
         return read_float32(entry, 0, entry.values).reshape(entry.shape)
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
         """Float32 copy of rows `start` to `stop` of a matrix; reads no others."""
-        entry = self.entries[name]
+        entry = self._entry(name)
         count, columns = entry.shape
         assert 0 <= start <= stop <= count
         return read_float32(entry, start * columns, stop * columns).reshape(stop - start, columns)
 
     def dtype(self, name: str) -> str:
         """How a tensor is stored: "BF16", "F16" or "F32"."""
-        return self.entries[name].dtype
+        return self._entry(name).dtype
+
+    def _entry(self, name: str) -> Entry:
+        return self.head[name] if name in self.head else self.entries[name]
 
     def scan(self, progress: Callable[[int, int], None]) -> None:
         """Read every weight of the text model once, in pieces; `progress` gets bytes done and bytes in all.
@@ -258,6 +265,13 @@ def _match(folder: Path, model: Model, stored: Mapping[str, Entry]) -> dict[str,
                 run="take the bf16 checkpoint of the same model",
             )
     return entries
+
+
+def _head(model: Model, stored: Mapping[str, Entry]) -> dict[str, Entry]:
+    """The tensors of the multi-token-prediction head; none unless all are there as the model's shape wants them."""
+    found = {name: stored[name] for name, shape in model.head_tensors().items() if name in stored}
+    fits = all(found[name].shape == model.head_tensors()[name] and found[name].dtype in _INFINITY for name in found)
+    return found if fits and len(found) == len(model.head_tensors()) else {}
 
 
 def _may_be_ignored(model: Model, entry: Entry) -> bool:

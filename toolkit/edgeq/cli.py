@@ -79,6 +79,9 @@ def build(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the bundle.")] = None,
     max_size: Annotated[str | None, typer.Option(help="Largest bundle without its reference, such as 450MB.")] = None,
     max_loss: Annotated[float | None, typer.Option(help="Largest KL divergence, nats per token.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text for gptq and guided: FILE, DIR, self (written by the model) or bundled.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built.")] = False,
     offline: Offline = False,
     json: Json = False,
@@ -97,6 +100,7 @@ def build(
         out=output,
         max_size=units.parse_bytes(max_size) if max_size else None,
         max_loss=max_loss,
+        calibration_text=calibration,
         offline=offline,
     )
     for note in plan.notes:
@@ -149,18 +153,23 @@ def run(
     prompt: Annotated[str | None, typer.Argument(help="Chat when left out.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Where the template has the switch.")] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Guess tokens and check them at once: lookup (what repeats) or head (Qwen3.5's).")
+    ] = None,
     accelerator: Accelerator = False,
 ) -> None:
     """Talk to a bundle through its own chat template."""
     from edgeq.chatting import Chat
     from edgeq.profiles import require_accelerator
 
-    chat = Chat(bundle)
+    chat = Chat(bundle, draft=draft)
     try:
         if accelerator:
             require_accelerator(chat.placement, chat.target, chat.provider)
         if chat.elsewhere:
             _say(chat.elsewhere)
+        if chat.no_draft:
+            _say(f"decoding goes token by token: {chat.no_draft}")
         messages: list[dict[str, str]] = []
         for question in [prompt] if prompt is not None else _questions():
             messages.append({"role": "user", "content": question})

@@ -22,6 +22,11 @@ def folder(name: str) -> Path:
     return installed if installed.is_dir() else _CHECKOUT / name
 
 
+def held_out() -> str:
+    """The text that losses are measured on by default; nothing is ever fitted to it."""
+    return (folder("demo") / "heldout.txt").read_text(encoding="utf-8")
+
+
 def read_toml(path: Path, kind: type[Document]) -> Document:
     """Document in a TOML file; raises CorruptInput with file and field when it does not match `kind`."""
     try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeq import accuracy
 from edgeq.accuracy import Losses, Reference
@@ -12,18 +14,28 @@ from edgeq.backends.base import Progress, Session
 from edgeq.bundle import Gate
 from edgeq.errors import BackendFault, GateFailed
 
+Scorer = Callable[[Sequence[int]], NDArray[np.float32]]
+"""Logits [tokens, vocabulary] of a text."""
 ENGINE_SHARE = 0.25
 ENGINE_FLOOR = 0.002
 DECODING_FLOOR = 0.2
 
 
-def check(reference: Reference, session: Session, max_loss: float, weights_only: float, progress: Progress) -> Gate:
+def check(
+    reference: Reference,
+    session: Session,
+    max_loss: float,
+    weights_only: float,
+    progress: Progress,
+    exact: Scorer | None = None,
+) -> Gate:
     """Gate's result for a loaded bundle.
 
     It passes with finite logits, a mean KL divergence <= `max_loss` (nats per token) that is also explained by the
     quantized weights (`weights_only`, plus a quarter and 0.002 for the engine's own arithmetic: small errors add up as
-    their squares, and 8-bit activations are finer than 4-bit weights), and sound decoding: no continuation that repeats
-    one phrase where the reference's own does not, and tokens that scoring calls the likeliest too, within 0.2 nats.
+    their squares, and 8-bit activations are finer than 4-bit weights), and sound decoding: tokens that scoring calls
+    the likeliest too, within 0.2 nats, and a continuation that repeats one phrase only where the recorded one does, or
+    where the float model, `exact`, would write it too.
     Raises BackendFault when the logits have another shape than was asked for.
     """
     losses: list[Losses] = []
@@ -48,7 +60,7 @@ def check(reference: Reference, session: Session, max_loss: float, weights_only:
             "token: the engine does not run the weights that were quantized"
         )
     else:
-        reason = _decoding_fault(reference, session)
+        reason = _decoding_fault(reference, session, exact)
     progress("gate", len(reference.windows), len(reference.windows))
     return Gate(
         passed=reason is None,
@@ -71,14 +83,25 @@ def require(result: Gate, what: str, run: str) -> None:
         raise GateFailed(f"{what}: {result.reason}", why="The accuracy gate refused it.", run=run)
 
 
-def _decoding_fault(reference: Reference, session: Session) -> str | None:
+def decoded(reference: Reference, session: Session) -> list[int]:
+    """Tokens that a session goes on with after the reference's first `PROMPT` tokens."""
+    return list(session.generate(reference.windows[0, : accuracy.PROMPT].tolist(), accuracy.CONTINUATION))
+
+
+def _decoding_fault(reference: Reference, session: Session, exact: Scorer | None) -> str | None:
     """What is wrong with greedy decoding, which may run other kernels or another graph than scoring does."""
-    prompt = reference.windows[0, : accuracy.PROMPT].tolist()
-    ours = list(session.generate(prompt, len(reference.continuation)))
-    if accuracy.loops(ours) and not accuracy.loops(reference.continuation.tolist()):
-        return "greedy decoding repeats one phrase, the float32 reference does not"
-    scored = session.logits(prompt + ours)[len(prompt) - 1 : -1]
-    shortfall = float((scored.max(axis=1) - scored[np.arange(len(ours)), ours]).mean())
+    prompt, ours = reference.windows[0, : accuracy.PROMPT].tolist(), decoded(reference, session)
+    shortfall = _shortfall(session.logits(prompt + ours), ours)
     if not shortfall <= DECODING_FLOOR:
         return f"decoded tokens score {shortfall:.2f} nats below the likeliest: decoding and scoring disagree"
+    if not accuracy.loops(ours) or accuracy.loops(reference.continuation.tolist()):
+        return None
+    if exact is None or not _shortfall(exact(prompt + ours), ours) <= DECODING_FLOOR:
+        return "greedy decoding repeats one phrase, the float32 reference does not"
     return None
+
+
+def _shortfall(logits: NDArray[np.float32], last: list[int]) -> float:
+    """Mean of what the last tokens score below the likeliest ones, in nats, by logits of all tokens."""
+    scored = logits[-len(last) - 1 : -1]
+    return float((scored.max(axis=1) - scored[np.arange(len(last)), last]).mean())

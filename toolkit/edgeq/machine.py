@@ -14,6 +14,7 @@ from edgeq import nvml
 
 ROOT = Path("/")
 SAME_CLUSTER = 0.9  # cores of one kind differ by a few per cent: favoured cores, binning
+_WORTH_MORE = 1.2  # RK3588: eight cores are worth 1.06 times its four big ones, and were half as fast (llama.cpp 7176)
 _MOST_CPUS = 8192
 _X86_ISA = (
     *("sse4_2", "avx", "avx2", "fma", "f16c", "avx_vnni", "avx_vnni_int8"),
@@ -108,23 +109,39 @@ def this_machine(root: Path = ROOT) -> Machine:
 def physical_cores(root: Path = ROOT) -> int:
     """Cores that this process should use for arithmetic, one at least.
 
-    Counts physical cores (not their hardware threads) that the affinity mask allows, only those of the biggest cluster
-    where clusters differ, and no more than the CPU quota of the container.
+    Counts physical cores (not their hardware threads) that the affinity mask allows, without the small ones where
+    clusters differ, and no more than the CPU quota of the container.
     """
     if sys.platform == "darwin" and root == ROOT:
         return int(_sysctl("hw.perflevel0.physicalcpu") or _sysctl("hw.physicalcpu") or 1)
     allowed = set(_cpu_list(_field(root / "proc/self/status", "Cpus_allowed_list")))
     cpus = [cpu for cpu in _online(root) if not allowed or cpu in allowed]
-    cores = len({_siblings(root, cpu) for cpu in _biggest(root, cpus)})
+    cores = len({_siblings(root, cpu) for cpu in _big(root, cpus)})
     return max(1, min((cores, *(int(quota) for quota in _quotas(root)))))
 
 
-def _biggest(root: Path, cpus: list[int]) -> list[int]:
-    for file in ("cpu_capacity", "cpufreq/cpuinfo_max_freq"):
-        sizes = {cpu: size for cpu in cpus if (size := _number(_cpu(root, cpu) / file))}
-        if len(sizes) == len(cpus) and len(set(sizes.values())) > 1:
-            return [cpu for cpu, size in sizes.items() if size >= SAME_CLUSTER * max(sizes.values())]
-    return cpus
+def _big(root: Path, cpus: list[int]) -> list[int]:
+    """CPUs that make an evenly split job faster than the bigger ones alone do.
+
+    Its slowest part decides, so that a set is worth its number times its smallest capacity; the clock stands for the
+    capacity only among cores of one kind, which a kernel without capacities does not tell.
+    """
+    if capacities := _told(root, cpus, "cpu_capacity"):
+        chosen: list[int] = []
+        for least in sorted(set(capacities.values()), reverse=True):
+            more = [cpu for cpu in cpus if capacities[cpu] >= least]
+            worth = len(chosen) * min((capacities[cpu] for cpu in chosen), default=0)
+            if len(more) * least > _WORTH_MORE * worth or least >= SAME_CLUSTER * max(capacities.values()):
+                chosen = more
+        return chosen
+    clocks = _told(root, cpus, "cpufreq/cpuinfo_max_freq")
+    return [cpu for cpu in cpus if not clocks or clocks[cpu] >= SAME_CLUSTER * max(clocks.values())]
+
+
+def _told(root: Path, cpus: list[int], file: str) -> dict[int, int]:
+    """A number that each CPU has in a file of its own; empty when one has none, or all the same."""
+    sizes = {cpu: size for cpu in cpus if (size := _number(_cpu(root, cpu) / file))}
+    return sizes if len(sizes) == len(cpus) and len(set(sizes.values())) > 1 else {}
 
 
 def _online(root: Path) -> list[int]:

@@ -98,6 +98,15 @@ class Model:
             found["lm_head.weight"] = (self.vocab, self.hidden)
         return found
 
+    def head_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every tensor of the multi-token-prediction head, beside its table; none without a head."""
+        if not self.has_mtp:
+            return {}
+        norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+        found: dict[str, tuple[int, ...]] = {"mtp.fc.weight": (self.hidden, 2 * self.hidden)}
+        found |= {f"mtp.{name}.weight": (self.hidden,) for name in norms}
+        return found | {f"mtp.layers.0.{name}": shape for name, shape in self._layer("full_attention")}
+
     def _layer(self, kind: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "input_layernorm.weight", (self.hidden,)
         if kind == "linear_attention":

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeq import accuracy, backends, catalog, detect, recipe, size, sources
+from edgeq import accuracy, backends, calibration, catalog, detect, recipe, size, sources
 from edgeq.backends.base import Backend
 from edgeq.errors import MissingTool, NothingFits, UsageFault
 from edgeq.machine import this_machine
@@ -22,8 +22,8 @@ SHORTEST_CONTEXT = 2 * accuracy.PROMPT + accuracy.CONTINUATION
 class Plan:
     """One build: `model` as it was named, `shape` what that is.
 
-    `bytes` of weights and `bits_per_weight` are predictions, `context` counts tokens, `max_loss` is in nats per token,
-    `max_size` in bytes; `notes` are for people.
+    `calibration` is the text that a calibrated recipe is fitted to. `bytes` of weights and `bits_per_weight` are
+    predictions, `context` counts tokens, `max_loss` is in nats per token, `max_size` in bytes; `notes` are for people.
     """
 
     model: str
@@ -37,6 +37,7 @@ class Plan:
     out: Path
     max_loss: float
     max_size: int | None
+    calibration: str | None
     bytes: int
     bits_per_weight: float
     notes: tuple[str, ...]
@@ -52,6 +53,7 @@ def plan(
     out: Path | None = None,
     max_size: int | None = None,
     max_loss: float | None = None,
+    calibration_text: str | None = None,
     offline: bool = False,
 ) -> Plan:
     """Decide everything that `building.build` needs; of a model on a hub only its configuration is fetched.
@@ -76,6 +78,7 @@ def plan(
         out=out or Path("bundles", device.name, f"{name}.{wanted}.{chosen}"),
         max_loss=wanted.max_loss if max_loss is None else _max_loss(max_loss),
         max_size=max_size,
+        calibration=_calibration(wanted, calibration_text),
         bytes=size.weight_bytes(shape, wanted, engine.scale_bits(wanted)),
         bits_per_weight=size.bits_per_weight(shape, wanted, engine.scale_bits(wanted)),
         notes=(*notes, *_notes(model, shape, device)),
@@ -154,6 +157,16 @@ def _max_loss(wanted: float) -> float:
     if not 0 < wanted < math.inf:
         raise UsageFault(f"--max-loss {wanted} is not possible", why="It is a KL divergence in nats, above 0.")
     return wanted
+
+
+def _calibration(wanted: Recipe, source: str | None) -> str | None:
+    if source is not None and not wanted.calibrated:
+        raise UsageFault(
+            f"--calibration has no use for {wanted}",
+            why=f"{wanted.method} looks at weights alone.",
+            run=f"edgeq build ... --recipe {str(wanted).replace(f'-{wanted.method}', '-guided')}",
+        )
+    return source or calibration.BUNDLED if wanted.calibrated else None
 
 
 def _context(shape: Model, wanted: int | None) -> int:

@@ -78,6 +78,27 @@ class Decode(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     gap_s: Gaps
 
 
+class Speculation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Speed of writing n = `tokens` with some guessed and checked several in a step, and of plain decoding beside it.
+
+    The two ways took turns on the same prompts of `prompt` tokens. method: "prompt lookup", or "prediction head"
+    (Qwen3.5's own for several tokens). text: "ordinary" (held-out text to be continued) or
+    "repeating" (a shorter passage of it, two and a half times). tokens_per_step: mean; plain decoding writes 1. same:
+    share of the continuations whose tokens were all those of plain decoding. valid: enough were undisturbed.
+    """
+
+    method: str
+    text: str
+    prompt: int
+    tokens: int
+    tokens_per_s: Spread
+    plain_tokens_per_s: Spread
+    tokens_per_step: float
+    same: float
+    valid: bool
+    reason: str | None
+
+
 class Phase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Peak resident bytes during a phase; anonymous and file-backed bytes as they are at its end."""
 
@@ -181,6 +202,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     first_token_from: str
     prefill: tuple[Prefill, ...]
     decode: tuple[Decode, ...]
+    speculation: tuple[Speculation, ...] | None = None
+    speculation_reason: str | None = "not measured by the version of edgeq that made this row"
     memory: Memory
     energy: Energy
     accuracy: Accuracy | None

@@ -3,23 +3,46 @@
     w16                   weights stay in the checkpoint's 16 bits
     w4g32-e8-rtn          4-bit weights, one scale per 32 inputs; 8-bit embedding table; plain rounding
     w4g32-e8-rtn-kv16     the same, with keys and values in float16 instead of float32
+    w4ag64-e16-mse        zero points beside the scales; the table in the checkpoint's 16 bits; clipped grid
+    w8gcol-e8-rtn         one scale for each row of a matrix
     q4_k-eq6_k-rtn        GGML's layouts by their names, rounded by GGML's own rule
 
-The first word is the body (every matrix of the layers): `w<bits>g<group>`, or one of GGML's layouts; `e...` is the
-embedding table, which is also the output layer when the checkpoint ties them; then the method, then the cache.
+The first word is the body (every matrix of the layers): `w<bits>[a]g<group>`, where `a` means asymmetric, or one of
+GGML's layouts; `e...` is the embedding table, which is also the output layer when the checkpoint ties them (its codes
+are symmetric, in groups as the body's); then the method, then the cache.
 `f16`, `bf16` and `f32` store every matrix in that type.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgeq.errors import UsageFault
 
-METHODS = ("rtn",)
-SHIPPED = ("w16", "w8g32-e8-rtn", "w4g32-e8-rtn", "w4g32-e4-rtn")
-_MAX_LOSS = {32: 1e-3, 16: 1e-3, 8: 0.02, 6: 0.05, 5: 0.1, 4: 0.3}
+METHODS = ("rtn", "mse", "gptq", "guided")
+SHIPPED = (
+    "w16",
+    "w8g32-e8-rtn",
+    "w8gcol-e8-rtn",
+    "w4g32-e8-rtn",
+    "w4g32-e8-mse",
+    "w4ag32-e8-mse",
+    "w4g128-e8-mse",
+    "w4g32-e4-rtn",
+    "w2ag32-e8-mse",
+    "q6_k-eq6_k-rtn",
+    "q5_k-eq6_k-rtn",
+    "q4_k-eq6_k-rtn",
+    "iq4_xs-eq6_k-rtn",
+    "q3_k-eq6_k-rtn",
+    "q2_k-eq6_k-rtn",
+)
+"""The recipes that `edgeq models show` lists."""
+COLUMN = -1
+"""Group of a layout with one scale for all inputs of a row, before `Layout.of` says how many these are."""
+_SMALLEST_RUN, _LONGEST_GROUP = 16, 128
+_MAX_LOSS = {32: 1e-3, 16: 1e-3, 8: 0.02, 6: 0.05, 5: 0.1, 4: 0.3, 3: 1.0, 2: 3.0}
 
 
 @dataclass(frozen=True)
@@ -27,7 +50,7 @@ class Layout:
     """How one matrix is stored.
 
     bits: of a code, or of a float where `group` is 0; group: inputs that share a scale; block: inputs that are stored
-    together, whose `bits_of_block` is 0 where it is the codes and one scale for each group.
+    together, whose `bits_of_block` is 0 where it is the codes and one scale for each group; symmetric: no zero points.
     """
 
     name: str
@@ -35,6 +58,7 @@ class Layout:
     group: int = 0
     block: int = 1
     bits_of_block: int = 0
+    symmetric: bool = True
 
     @property
     def is_float(self) -> bool:
@@ -46,11 +70,35 @@ class Layout:
         """Whether only GGML knows it: scales of scales, minimums, or uneven levels."""
         return self.bits_of_block > 0
 
+    @property
+    def run(self) -> int:
+        """Inputs for which a plain group's scale is stored once, as `run_of` says."""
+        return run_of(self.group)
+
+    def of(self, inputs: int) -> Layout:
+        """The layout for a matrix of so many inputs, which a group `COLUMN` takes all."""
+        return replace(self, group=inputs) if self.group == COLUMN else self
+
     def stored_bits(self, scale_bits: int) -> float:
-        """Bits per weight, scales counted; `scale_bits` is what an engine stores for the scale of a plain group."""
+        """Bits per weight, scales and zero points counted, of a layout whose group is known.
+
+        scale_bits: what an engine stores for a scale of a plain layout.
+        """
         if self.is_float:
             return float(self.bits)
-        return self.bits_of_block / self.block if self.is_ggml else self.bits + scale_bits / self.group
+        if self.is_ggml:
+            return self.bits_of_block / self.block
+        return self.bits + (scale_bits + (0 if self.symmetric else self.bits)) / self.run
+
+
+def run_of(group: int) -> int:
+    """Inputs for which the scale of a group is stored once: the largest power of two that divides it.
+
+    A long group, which is a column, has two runs at least: with one, TVM's schedule of a matrix times a vector is not
+    taken.
+    """
+    run = group & -group
+    return run // 2 if run == group > _LONGEST_GROUP else run
 
 
 FLOATS = {
@@ -60,8 +108,11 @@ FLOATS = {
     "f32": Layout("f32", 32),
 }
 GGML = {
+    "q2_k": Layout("q2_k", 2, 16, 256, 8 * 84),
+    "q3_k": Layout("q3_k", 3, 16, 256, 8 * 110),
     "q4_1": Layout("q4_1", 4, 32, 32, 8 * 20),
     "iq4_nl": Layout("iq4_nl", 4, 32, 32, 8 * 18),
+    "iq4_xs": Layout("iq4_xs", 4, 32, 256, 8 * 136),
     "q4_k": Layout("q4_k", 4, 32, 256, 8 * 144),
     "q5_k": Layout("q5_k", 5, 32, 256, 8 * 176),
     "q6_k": Layout("q6_k", 6, 16, 256, 8 * 210),
@@ -70,7 +121,8 @@ GGML = {
 _NAMES = "|".join(GGML)
 _GRAMMAR = re.compile(
     rf"(?:(?P<float>{'|'.join(FLOATS)})"
-    rf"|(?P<body>w(?P<bits>[48])g(?P<group>16|32|64|128)|{_NAMES})-e(?P<table>[48]|{_NAMES})-(?P<method>[a-z]+))"
+    rf"|(?P<body>w(?P<bits>[248])(?P<zeros>a?)g(?P<group>16|32|64|128|col)|{_NAMES})"
+    rf"-e(?P<table>4|8|16|{_NAMES})-(?P<method>[a-z]+))"
     r"(?:-kv(?P<kv>8|16))?"
 )
 
@@ -83,6 +135,16 @@ class Recipe:
     table: Layout
     method: str
     kv_bits: int = 32
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether matrices are fitted to what they read in a calibration text."""
+        return self.method in ("gptq", "guided")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the float model's states and gradients guide the fit, besides the quantized model's own states."""
+        return self.method == "guided"
 
     def __str__(self) -> str:
         cache = "" if self.kv_bits == 32 else f"-kv{self.kv_bits}"
@@ -97,9 +159,10 @@ class Recipe:
         return _MAX_LOSS[self.body.bits]
 
 
-def plain(bits: int, group: int) -> Layout:
-    """Codes of so many bits and one scale per group of inputs."""
-    return Layout(f"w{bits}g{group}", bits, group, group)
+def plain(bits: int, group: int, *, symmetric: bool = True) -> Layout:
+    """Codes of so many bits and one scale per group of inputs, which may be `COLUMN`; a zero point if asymmetric."""
+    word = f"w{bits}{'' if symmetric else 'a'}g{'col' if group == COLUMN else group}"
+    return Layout(word, bits, group, _SMALLEST_RUN if group == COLUMN else group, symmetric=symmetric)
 
 
 def parse(name: str) -> Recipe:
@@ -109,7 +172,8 @@ def parse(name: str) -> Recipe:
         raise UsageFault(
             f"{name!r} is not a recipe",
             why=f"A recipe is {', '.join(FLOATS)}, or <body>-e<table>-<method>, then -kv16 or -kv8 if wanted; the body "
-            f"is w<4|8>g<16|32|64|128> or one of {', '.join(GGML)}; the table is 4, 8 or one of these.",
+            f"is w<2|4|8>g<16|32|64|128|col>, w<2|4|8>ag... with zero points, or one of {', '.join(GGML)}; the table "
+            "is 4, 8, 16 or one of these. Three bits are q3_k.",
             run="edgeq models show qwen3-0.6b",
         )
     kv_bits = int(match["kv"] or 32)
@@ -117,6 +181,15 @@ def parse(name: str) -> Recipe:
         return Recipe(FLOATS[match["float"]], FLOATS[match["float"]], "none", kv_bits)
     if match["method"] not in METHODS:
         raise UsageFault(f"{name!r}: unknown method {match['method']!r}", why=f"Known: {', '.join(METHODS)}")
-    body = GGML.get(match["body"]) or plain(int(match["bits"]), int(match["group"]))
-    table = GGML.get(match["table"]) or plain(int(match["table"]), 32 if body.is_ggml else body.group)
-    return Recipe(body, table, match["method"], kv_bits)
+    if match["body"] in GGML:
+        body, group = GGML[match["body"]], 32
+    else:
+        group = COLUMN if match["group"] == "col" else int(match["group"])
+        body = plain(int(match["bits"]), group, symmetric=not match["zeros"])
+    if body.is_ggml and match["method"] == "mse":
+        raise UsageFault(
+            f"{name!r}: ggml rounds {body.name} by its own search of scales",
+            run=f"edgeq build ... --recipe {name.replace('-mse', '-rtn')}",
+        )
+    tables = GGML | {"16": FLOATS["w16"], **{str(bits): plain(bits, group) for bits in (4, 8)}}
+    return Recipe(body, tables[match["table"]], match["method"], kv_bits)

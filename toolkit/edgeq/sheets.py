@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import msgspec
 
-from edgeq import catalog, data, detect, recipe, size, sources
-from edgeq.errors import UsageFault
+from edgeq import backends, catalog, data, detect, recipe, size, sources
+from edgeq.backends.base import Backend
+from edgeq.errors import UnsupportedModel, UsageFault
 from edgeq.machine import Accelerator, Machine
 from edgeq.model import Model
 from edgeq.planning import Plan
+from edgeq.recipe import Recipe
 from edgeq.target import HOST
 
 
+class BackendSize(msgspec.Struct, frozen=True, kw_only=True):
+    """Predicted weights of a model under one recipe as one backend stores them."""
+
+    backend: str
+    bits_per_weight: float
+    weights_bytes: int
+
+
 class RecipeSize(msgspec.Struct, frozen=True, kw_only=True):
-    """Predicted weights of a model under one recipe."""
+    """Predicted weights of a model under one recipe, with float32 scales and by each backend that runs it."""
 
     recipe: str
     bits_per_weight: float
     weights_bytes: int
+    backends: tuple[BackendSize, ...]
 
 
 class ModelSheet(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,15 +120,32 @@ def plan(work: Plan) -> PlanSheet:
     )
 
 
-def _sheet(name: str, shape: Model, entry: catalog.Entry | None) -> ModelSheet:
-    sizes = tuple(
-        RecipeSize(
-            recipe=each,
-            bits_per_weight=size.bits_per_weight(shape, recipe.parse(each)),
-            weights_bytes=size.weight_bytes(shape, recipe.parse(each)),
-        )
-        for each in recipe.SHIPPED
+def _sizes(shape: Model, wanted: Recipe) -> RecipeSize:
+    found = []
+    for name in backends.NAMES:
+        if name != "null" and _runs(backends.get(name), shape, wanted):
+            scale_bits = backends.get(name).scale_bits(wanted)
+            total = size.weight_bytes(shape, wanted, scale_bits)
+            found.append(BackendSize(backend=name, bits_per_weight=8 * total / shape.parameters, weights_bytes=total))
+    return RecipeSize(
+        recipe=str(wanted),
+        bits_per_weight=size.bits_per_weight(shape, wanted),
+        weights_bytes=size.weight_bytes(shape, wanted),
+        backends=tuple(found),
     )
+
+
+def _runs(engine: Backend, shape: Model, wanted: Recipe) -> bool:
+    try:
+        size.check_groups(shape, wanted)
+        engine.check(shape, wanted)
+    except (UsageFault, UnsupportedModel):
+        return False
+    return True
+
+
+def _sheet(name: str, shape: Model, entry: catalog.Entry | None) -> ModelSheet:
+    sizes = tuple(_sizes(shape, recipe.parse(each)) for each in recipe.SHIPPED)
     return ModelSheet(
         name=name,
         generation=shape.generation,

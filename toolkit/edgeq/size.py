@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from edgeq.errors import UsageFault
 from edgeq.model import Model
-from edgeq.recipe import GGML, Layout, Recipe, plain
+from edgeq.recipe import COLUMN, GGML, Layout, Recipe, plain
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 _MATRICES = ("_proj.weight", ".in_proj_qkv.weight", ".in_proj_z.weight")
@@ -26,16 +26,19 @@ def is_quantized(name: str) -> bool:
 def layout_of(model: Model, recipe: Recipe, name: str) -> Layout:
     """Layout that a recipe gives to one of a model's matrices.
 
-    That is the body's or the table's, but for the output of a delta-net layer whose value heads GGML orders otherwise
-    than the checkpoint: a block of 256 inputs would mix heads, so it gets the next larger layout with blocks of 32.
+    That is the body's or the table's for the matrix's inputs, but for the output of a delta-net layer whose value heads
+    GGML orders otherwise than the checkpoint: a block of 256 inputs would mix heads, so it gets the next larger layout
+    with blocks of 32.
     """
     layout = recipe.table if name in TABLES else recipe.body
+    if layout.group == COLUMN:
+        return layout.of(model.tensors()[name][1])
     linear = model.linear
     if linear is None or not layout.is_ggml or not name.endswith("linear_attn.out_proj.weight"):
         return layout
     if linear.value_heads == linear.key_heads or linear.value_head_dim % layout.block == 0:
         return layout
-    return GGML["q4_1"] if layout.bits == GGML["q4_1"].bits else plain(8, 32)
+    return GGML["q4_1"] if layout.bits <= GGML["q4_1"].bits else plain(8, 32)
 
 
 def check_groups(model: Model, recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edgeq import bundle
 from edgeq.bundle import MANIFEST
-from edgeq.errors import Busy, DiskFault, EdgeqError, UsageFault
+from edgeq.errors import Busy, DiskFault, EdgeqError, Interrupted, OutOfMemory, UsageFault
 
 _RESERVE = 64 << 20
 _TRIES = 100
@@ -48,6 +48,37 @@ def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             for parent in missing:
                 parent.rmdir()
+
+
+@contextlib.contextmanager
+def resumable(parent: Path, key: str) -> Iterator[Path]:
+    """Folder for work that may be stopped: the same one for the same key, until a block ends otherwise than stopped.
+
+    A second process with the same key gets a folder of its own.
+    """
+    import fcntl
+
+    folder = parent / f".edgeq.walk.{key}"
+    folder.mkdir(exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        with tempfile.TemporaryDirectory(prefix=".edgeq.", dir=parent) as own:
+            yield Path(own)
+        return
+    try:
+        yield folder
+    except (Interrupted, OutOfMemory, DiskFault, MemoryError):
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
 
 
 def _refuse_foreign(out: Path) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgeq.catalog import Entry
     from edgeq.detect import BackendState
     from edgeq.doctor import Check
-    from edgeq.profiles import Load, Profile, Spread
+    from edgeq.profiles import Load, Profile, Speculation, Spread
     from edgeq.sheets import Detection, ModelSheet, PlanSheet
     from edgeq.target import Target
     from edgeq.verifying import Verified
@@ -90,6 +90,7 @@ def profile(document: Profile) -> Table:
         ("machine", f"{document.target}: {document.machine.cpu_model}, {', '.join(document.tools)}"),
         *((f"prefill {each.tokens}", f"{_rate(each.tokens_per_s)} tokens/s") for each in document.prefill),
         *((f"decode at {each.depth}", f"{_rate(each.tokens_per_s)} tokens/s") for each in document.decode),
+        *((f"{each.method}, {each.text}", _speculation(each)) for each in document.speculation or ()),
         ("first token", f"{document.first_token_s.median * 1e3:.1f} ms from {document.first_token_from}"),
         ("load", _load(document.load)),
         ("peak memory", show_bytes(memory.peak_rss_bytes)),
@@ -184,9 +185,13 @@ def model(document: ModelSheet) -> Group:
         ]
     if document.left_out:
         facts.append(("left out", ", ".join(document.left_out)))
-    sizes = _table("recipe", "bits per weight with onnx", "weights")
+    engines = list(dict.fromkeys(size.backend for each in document.recipes for size in each.backends))
+    sizes = _table("recipe", *(f"{name}: bits per weight, weights" for name in engines))
     for each in document.recipes:
-        sizes.add_row(each.recipe, f"~{each.bits_per_weight:.2f}", f"~{show_bytes(each.weights_bytes)}")
+        held = {
+            size.backend: f"~{size.bits_per_weight:.2f}, {show_bytes(size.weights_bytes)}" for size in each.backends
+        }
+        sizes.add_row(each.recipe, *(held.get(name, "-") for name in engines))
     return Group(_facts(*facts), "", sizes)
 
 
@@ -214,6 +219,17 @@ def _gate(gate: Gate) -> str:
         f"top-1 {gate.top1_agreement:.3f}, "
         f"perplexity {gate.perplexity_reference:.3f} -> {gate.perplexity:.3f}, on {gate.ran_on}"
     )
+
+
+def _speculation(row: Speculation) -> str:
+    """Speed beside that of plain decoding; different tokens and disturbed repetitions are named."""
+    words = [
+        f"{_rate(row.tokens_per_s)} tokens/s, plain {_rate(row.plain_tokens_per_s)}",
+        f"{row.tokens_per_step:.2f} tokens a step",
+    ]
+    if row.same < 1:
+        words.append(f"{1 - row.same:.0%} of the continuations differ")
+    return "; ".join([*words, *([row.reason] if row.reason else [])])
 
 
 def _load(load: Load) -> str:

@@ -11,12 +11,14 @@ from typing import cast
 import msgspec
 import numpy as np
 
-from edgeq import accuracy, data, reference, sources
+from edgeq import accuracy, data, sources
 from edgeq.accuracy import Losses, Reference
 from edgeq.backends.llamacpp import session
 from edgeq.bundle import Bundle
 from edgeq.checkpoint import Checkpoint
 from edgeq.machine import physical_cores
+from edgeq.walk import run as walk
+from edgeq.walk import windows
 from peers.figures import Goal, Row
 from peers.llamacpp import files, reorder
 from peers.llamacpp.programs.edgeq_write import write
@@ -37,7 +39,7 @@ def rows(demos: Iterable[str], folder: Path, orders: int) -> Iterator[Row]:
     text = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")
     for model in demos:
         checkpoint = Checkpoint.open(sources.find(model, offline=True).folder)
-        known = reference.full(checkpoint, text, lambda *_: None)
+        known = walk.reference(checkpoint, windows.full(checkpoint, text), lambda *_: None)
         print(f"bench_peers: {model}, layout", file=sys.stderr)
         yield from loss_rows(model, checkpoint, known, folder, orders)
         with files.scratch(folder) as scratch:

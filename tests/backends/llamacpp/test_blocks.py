@@ -73,6 +73,28 @@ def test_the_recipe_that_is_offered_instead_keeps_the_rest(given: str, offered: 
     assert caught.value.run == f"edgeq build ... --recipe {parse(offered)}"
 
 
+@pytest.mark.parametrize(
+    ("given", "offered", "narrow"),
+    [
+        ("w4ag32-e8-mse", "q4_1-e8-rtn", "q4_1-e8-rtn"),
+        ("w4ag64-e16-rtn-kv16", "q4_1-e16-rtn-kv16", "q4_1-e16-rtn-kv16"),
+        ("w2g32-e8-rtn", "q2_k-e8-rtn", "q4_1-e8-rtn"),
+        ("w2ag16-e8-mse", "q2_k-e8-rtn", "q4_1-e8-rtn"),
+        ("w8ag32-e8-mse", "w8g32-e8-mse", "w8g32-e8-mse"),
+        ("w8gcol-e4-mse", "w8g32-e4-mse", "w8g32-e4-mse"),
+    ],
+)
+def test_zero_points_two_bits_and_columns_are_refused_with_what_comes_closest(
+    given: str, offered: str, narrow: str
+) -> None:
+    wide = shape("3", hidden=256, ffn=512, heads=8, head_dim=32)
+    for model, near in ((wide, offered), (shape("3"), narrow)):
+        with pytest.raises(UsageFault, match=r"llama\.cpp cannot hold") as caught:
+            blocks.check(model, parse(given))
+        assert caught.value.run == f"edgeq build ... --recipe {near}"
+    blocks.check(wide, parse(offered))
+
+
 def test_an_8_bit_cache_needs_heads_that_fill_its_blocks() -> None:
     with pytest.raises(UsageFault, match=r"heads of 16 do not fill blocks.*\n.*\n.*--recipe f32-kv16"):
         blocks.check(shape("3", head_dim=16), parse("f32-kv8"))

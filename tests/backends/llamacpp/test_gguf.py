@@ -14,7 +14,7 @@ from edgeq.backends.llamacpp import gguf, tensors
 from edgeq.backends.onnx import weights
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import UnsupportedModel
-from edgeq.quantize.solve import solve
+from edgeq.quantize.solve import rounded
 from edgeq.size import is_quantized
 from gguf_files import dequantized, in_file_order, reader
 
@@ -22,7 +22,7 @@ GENERATIONS = ("2.5", "3", "3.5")
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", ["w8g32-e8-rtn", "w4g32-e8-rtn", "w4g32-e4-rtn", "q4_1-eiq4_nl-rtn"])
+@pytest.mark.parametrize("name", ["w8g32-e8-rtn", "w4g32-e8-rtn", "w4g32-e4-rtn", "q4_1-eiq4_nl-rtn", "w4g32-e16-mse"])
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_every_matrix_dequantizes_to_its_solution(
     packed: Build, tiny: Build, generation: str, name: str, tied: bool
@@ -30,7 +30,7 @@ def test_every_matrix_dequantizes_to_its_solution(
     checkpoint = Checkpoint.open(tiny(generation, tied=tied))
     model, stored = checkpoint.model, dequantized(reader(packed(generation, name, tied=tied)))
     for each in filter(is_quantized, model.tensors()):
-        solution = solve(checkpoint, recipe.parse(name), each).dequantize()
+        solution = rounded(checkpoint, recipe.parse(name), each)
         np.testing.assert_array_equal(stored[tensors.gguf_name(model, each)], in_file_order(model, each, solution))
     assert ("output.weight" in stored) is not tied
 

@@ -13,8 +13,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+import led
 from checkpoints import Build, quiet
-from edgeq import backends, bundle, recipe, size, target, transformer
+from edgeq import backends, bundle, recipe, size, speculation, target, transformer
 from edgeq.backends.base import Job, Session
 from edgeq.backends.llamacpp import devices, gguf
 from edgeq.backends.llamacpp import session as llama_session
@@ -307,3 +308,42 @@ def test_a_folder_whose_name_is_no_unicode_is_opened(packed: Build, tiny: Build,
     session = load(folder, tiny("3"), recipe="w4g32-e8-rtn")
     assert session.logits(IDS[:2]).shape[0] == 2
     session.close()
+
+
+@pytest.mark.parametrize("prompt", [1, 30, 37])
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_tokens_that_were_taken_back_leave_nothing_behind(opened: Open, generation: str, prompt: int) -> None:
+    session = opened(generation, "f32")
+    wanted = led.straight(session, IDS[:prompt], IDS[40:80])
+    np.testing.assert_allclose(led.with_detours(session, IDS[:prompt], IDS[40:80]), wanted, atol=1e-4)
+    np.testing.assert_array_equal(led.straight(session, IDS[:prompt], IDS[40:80]), wanted)
+
+
+@pytest.mark.parametrize("generation", GENERATIONS)
+def test_prompt_lookup_gives_the_tokens_of_plain_decoding(opened: Open, generation: str) -> None:
+    session = opened(generation, "f32")
+    for start in range(0, 100, 20):
+        prompt = [*IDS[start : start + 20], *IDS[start : start + 11]]
+        assert list(speculation.generate(session, prompt, 60, "lookup")) == list(session.generate(prompt, 60))
+
+
+def test_only_drafting_keeps_states_to_go_back_to(opened: Open) -> None:
+    import llama_cpp
+
+    session: Any = opened("3.5", "w4g32-e8-rtn")
+    for _ in range(2):
+        list(session.generate(IDS[:10], 2))
+        assert llama_cpp.llama_n_rs_seq(session._context) == 0
+        session.begin(12)
+        assert llama_cpp.llama_n_rs_seq(session._context) == 7
+
+
+def test_what_llama_cpp_cannot_take_back_is_a_backend_fault(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llama_cpp
+
+    session = opened("3", "w4g32-e8-rtn")
+    session.begin(20)
+    session.advance(IDS[:4], 4)
+    monkeypatch.setattr(llama_cpp, "llama_memory_seq_rm", lambda *_: False)
+    with pytest.raises(BackendFault, match="cannot take back 2 tokens"):
+        session.rewind(2)

@@ -282,3 +282,23 @@ def test_a_processor_that_llvm_does_not_know_is_refused(here: Target) -> None:
     odd = msgspec.structs.replace(board, mlc=msgspec.structs.replace(board.mlc, mcpu="cortex-a999"))
     with pytest.raises(UsageFault, match="'cortex-a999' is no processor that LLVM knows for aarch64-linux-gnu"):
         devices.tvm_target(odd)
+
+
+@pytest.mark.parametrize("words", ["w2g16-e8-rtn", "w4gcol-e8-rtn", "w8gcol-e8-rtn"])
+@pytest.mark.parametrize("inputs", [1024, 3072])
+def test_a_decoded_token_takes_the_schedule_of_a_matrix_times_a_vector(words: str, inputs: int) -> None:
+    pytest.importorskip("tvm", reason="apache-tvm, of the extra edgeq[tvm], is not installed")
+    from tvm.relax.frontend.nn import spec
+
+    from edgeq.backends.mlc import devices, schedules
+    from edgeq.backends.mlc.layers import Linear, Precision
+
+    jetson = devices.tvm_target(target.load("jetson")).with_host(devices.this_cpu())
+    layout = recipe.parse(words).body
+    taken: dict[str, str] = {}
+    with jetson:
+        linear = Linear(Precision(layout, layout, "float16", "float32"), inputs, 64)
+        given = {"x": spec.Tensor([1, 1, inputs], "float16"), "$": {"param_mode": "plain", "effect_mode": "none"}}
+        module, _ = linear.export_tvm({"forward": given})
+        schedules.apply(jetson, taken)(module)
+    assert [*taken.values()] == ["GEMV"]

@@ -86,7 +86,7 @@ def gpu() -> Callable[[str, str], Gpu]:
 Find = Callable[[str, str], Gpu]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("rule", ROWS)
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 def test_a_packed_matrix_times_tokens(gpu: Find, kind: str, dtype: str, rule: str, bits: int) -> None:

@@ -115,6 +115,11 @@ def test_recipes_that_it_cannot_hold_are_refused_with_what_works(tiny: Build) ->
         with pytest.raises(UsageFault, match="does not know GGML's layouts") as raised:
             mlc.check(model, recipe.parse(words))
         assert raised.value.run.endswith("--backend llamacpp")
+    for words, near in (("w4ag32-e8-mse", "w4g32-e8-mse"), ("w2agcol-e16-rtn-kv16", "w2gcol-e16-rtn-kv16")):
+        with pytest.raises(UsageFault, match="no room for zero points") as raised:
+            mlc.check(model, recipe.parse(words))
+        assert raised.value.run.endswith(f"--recipe {near}")
+        mlc.check(model, recipe.parse(near))
     for words in ("w4g32-e8-rtn-kv8", "f16-kv8"):
         with pytest.raises(UsageFault, match="keeps keys and values in float32 or float16") as raised:
             mlc.check(model, recipe.parse(words))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import led
 from checkpoints import Build, quiet
 from edgeq import bundle, recipe, size, transformer
 from edgeq.backends.base import Job
@@ -57,6 +58,9 @@ SLOW = [
     Variant("2.5", "w4g32-e8-rtn", {}),
     Variant("2.5", "w8g32-e8-rtn", {"tied": False}),
     Variant("2.5", "w4g64-e4-rtn", {}),
+    Variant("2.5", "w2g16-e16-mse", {"dtype": "f16"}),
+    Variant("3", "w2gcol-e8-mse", {}),
+    Variant("3.5", "w8gcol-e16-rtn", {"tied": False}),
     Variant("2.5", "w4g32-e8-rtn-kv16", {}),
     Variant("3", "w16", {"dtype": "f16"}),
     Variant("3", "w4g32-e8-rtn", {"tied": False}),
@@ -282,3 +286,26 @@ def test_a_session_goes_on_after_it_found_no_memory(opened: Open, monkeypatch: p
         with pytest.raises(OutOfMemory, match="no room for a cache of 512 tokens"):
             session.logits(IDS)
     np.testing.assert_array_equal(session.logits(IDS[:20]), wanted)
+
+
+@pytest.mark.parametrize("index", [0, 1, 3], ids=[each.generation for each in (QUICK[0], QUICK[1], QUICK[3])])
+@pytest.mark.parametrize("prompt", [1, 30])
+def test_tokens_that_were_taken_back_leave_nothing_behind(opened: Open, index: int, prompt: int) -> None:
+    session = opened(QUICK[index])
+    wanted = led.straight(session, IDS[:prompt], IDS[40:80])
+    np.testing.assert_allclose(led.with_detours(session, IDS[:prompt], IDS[40:80]), wanted, rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(led.straight(session, IDS[:prompt], IDS[40:80]), wanted)
+
+
+def test_prompt_lookup_gives_the_tokens_of_plain_decoding(opened: Open, variant: Variant) -> None:
+    session = opened(variant)
+    tie = HALF if variant.recipe.endswith("-kv16") else EXACT
+    same = [led.assert_same_or_tied(session, [*IDS[n : n + 20], *IDS[n : n + 11]], 40, 2 * tie) for n in (0, 50)]
+    assert all(same) or tie == HALF
+
+
+def test_states_without_history_cannot_be_left(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = opened(QUICK[3])
+    assert session.one_way is None
+    monkeypatch.setattr(session, "_metadata", {"kv_state_kind": "hybrid"})
+    assert "no state to go back to" in str(session.one_way)

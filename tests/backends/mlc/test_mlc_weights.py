@@ -140,7 +140,7 @@ def stems(parameters: Parameters) -> list[str]:
     return list(dict.fromkeys(name.removesuffix(endings[0]).removesuffix(endings[1]) for name in parameters))
 
 
-@pytest.mark.parametrize("name", ["w4g32-e8-rtn", "w8g32-e4-rtn-kv16", "f32"])
+@pytest.mark.parametrize("name", ["w4g32-e8-rtn", "w8g32-e4-rtn-kv16", "f32", "w2g32-e16-mse"])
 @pytest.mark.parametrize(("generation", "options"), VARIANTS)
 def test_every_parameter_has_the_checkpoints_values(
     tiny: Build, here: Target, tmp_path: Path, generation: str, options: dict[str, Any], name: str

@@ -80,10 +80,27 @@ def test_eight_bit_codes_are_four_to_a_word() -> None:
     assert scales.tolist() == [[-0.5]]
 
 
+def test_two_bit_codes_are_sixteen_to_a_word() -> None:
+    codes = np.array([[0, 1, 2, 3] * 4], np.uint8)
+    zero_points = np.full((1, 1), 2, np.uint8)
+    words, scales = packing.pack(Solution("w", 2, 16, codes, np.full((1, 1), 0.5, np.float32), zero_points))
+    assert words.tolist() == [[0b00_01_10_11_00_01_10_11_00_01_10_11_00_01_10_11]]
+    assert scales.tolist() == [[-0.5]]
+
+
+def test_a_group_that_is_no_power_of_two_has_its_scale_in_runs_that_are() -> None:
+    random = np.random.default_rng(0)
+    codes, scales = random.integers(0, 16, (2, 96)).astype(np.uint8), random.random((2, 1)).astype(np.float32)
+    solution = Solution("w", 4, 96, codes, scales, np.full((2, 1), 8, np.uint8))
+    words, found = packing.pack(solution)
+    np.testing.assert_array_equal(found, -np.repeat(scales, 3, axis=1))
+    np.testing.assert_array_equal(packing.dequantize(words, found, 4), solution.dequantize())
+
+
 @st.composite
 def solutions(draw: Any) -> Solution:
     """Up to three rows of up to three groups, of any codes and scales, also none, negative and tiny ones."""
-    bits, group = draw(st.sampled_from([4, 8])), draw(st.sampled_from([16, 32, 64]))
+    bits, group = draw(st.sampled_from([2, 4, 8])), draw(st.sampled_from([16, 32, 64]))
     outputs, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     codes = draw(arrays.arrays(np.uint8, (outputs, group * groups), elements=st.integers(0, (1 << bits) - 1)))
     sizes = st.floats(-65504, 65504, width=16)

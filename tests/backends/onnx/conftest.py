@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import checkpoints
 from checkpoints import Build, quiet
 from edgeq import building, data, planning
 from edgeq.checkpoint import Checkpoint
+from edgeq.model import read_config
 from edgeq.quantize.solve import rounded
 from edgeq.recipe import parse
 from edgeq.size import is_quantized
@@ -30,6 +32,23 @@ def built_for(tiny: Build, tmp_path_factory: pytest.TempPathFactory) -> Build:
         plan = planning.plan(
             str(tiny(generation)), target=str(device), recipe_name=recipe, out=folder / "bundle", context=256
         )
+        building.build(plan, quiet)
+        return folder / "bundle"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def built_odd(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Bundle folder inside that of its checkpoint, whose feed-forward has 96 inputs: built_odd("w4gcol-e8-rtn")."""
+
+    def make(recipe: str) -> Path:
+        folder = tmp_path_factory.mktemp("odd")
+        config = checkpoints.config_of("3") | {"intermediate_size": 96}
+        checkpoints.write(folder, "3")
+        checkpoints.write_json(folder / "config.json", config)
+        checkpoints.write_weights(folder, checkpoints.random_tensors(read_config(config), 0, False), "BF16", 1)
+        plan = planning.plan(str(folder), target="x86-avx2", recipe_name=recipe, out=folder / "bundle", context=256)
         building.build(plan, quiet)
         return folder / "bundle"
 

@@ -28,7 +28,7 @@ def genai_tokens(folder: Path, tokens: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("recipe", ["w16", "w8g32-e8-rtn", "w4g32-e8-rtn", "w4g32-e4-rtn"])
+@pytest.mark.parametrize("recipe", ["w16", "w8g32-e8-rtn", "w4g32-e8-rtn", "w4g32-e4-rtn", "w4g32-e8-rtn-kv8"])
 @pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
 def test_onnxruntime_genai_gives_the_same_tokens(built: Build, generation: str, recipe: str) -> None:
     folder = built(generation, recipe)

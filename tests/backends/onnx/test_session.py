@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+import led
 from checkpoints import Build
-from edgeq import backends, bundle
+from edgeq import backends, bundle, speculation
 from edgeq.backends.base import Session
 from edgeq.backends.onnx import session as onnx_session
 from edgeq.checkpoint import Checkpoint
@@ -109,3 +110,49 @@ def test_decoding_runs_the_graph_that_computes_the_last_logits_only(built: Build
     next(session.generate(IDS[:10], 20))
     assert session._step(IDS[:5]).shape[0] == 1  # type: ignore[attr-defined]
     assert session.logits(IDS[:5]).shape[0] == 5
+
+
+def test_logits_of_chosen_positions_are_those_of_the_whole_sequence(built: Build) -> None:
+    session = load(built("3", "w16"))
+    wanted = session.logits(IDS[:18])
+    session.begin(40)
+    np.testing.assert_allclose(session.advance(IDS[:10]), wanted[9:10], atol=1e-4)
+    np.testing.assert_allclose(session.advance(IDS[10:14], 4), wanted[10:14], atol=1e-4)
+    np.testing.assert_allclose(session.advance(IDS[14:18]), wanted[17:18], atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt", [1, 30, 37])
+@pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
+def test_tokens_that_were_taken_back_leave_nothing_behind(
+    built: Build, generation: str, prompt: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_session, "PROMPT_CHUNK", 15)
+    session = load(built(generation, "w16"))
+    wanted = led.straight(session, IDS[:prompt], IDS[40:80])
+    np.testing.assert_allclose(led.with_detours(session, IDS[:prompt], IDS[40:80]), wanted, atol=2e-4)
+    np.testing.assert_array_equal(led.straight(session, IDS[:prompt], IDS[40:80]), wanted)
+
+
+@pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
+def test_prompt_lookup_gives_the_tokens_of_plain_decoding(built: Build, generation: str) -> None:
+    session = load(built(generation, "w16"))
+    for start in range(0, 100, 20):
+        prompt = [*IDS[start : start + 20], *IDS[start : start + 11]]
+        assert list(speculation.generate(session, prompt, 60, "lookup")) == list(session.generate(prompt, 60))
+
+
+def test_prompt_lookup_fills_the_context_to_its_end(built: Build) -> None:
+    session = load(built("3.5", "w4g32-e8-rtn"))
+    assert len(list(speculation.generate(session, IDS[:50], 206, "lookup"))) == 206
+    with pytest.raises(UsageFault, match="context of 256"):
+        next(speculation.generate(session, IDS[:50], 207, "lookup"))
+
+
+def test_a_bundle_without_a_choice_of_logits_says_so_and_decodes_plainly(built: Build, tmp_path: Path) -> None:
+    """The scorer has none either, and plays the graph of an older version."""
+    folder = built("3", "w4g32-e8-rtn")
+    old = Path(shutil.copytree(folder, tmp_path / "old"))
+    shutil.copy(old / "scorer.onnx", old / "model.onnx")
+    session = load(old)
+    assert "build it again" in (session.one_way or "")
+    assert list(speculation.generate(session, IDS[:20], 5, "lookup")) == list(load(folder).generate(IDS[:20], 5))

@@ -14,29 +14,68 @@ from edgeq.bundle import Bundle, Compiled
 from edgeq.checkpoint import Checkpoint
 from edgeq.model import Model
 from edgeq.profiles import Placement
+from edgeq.quantize.kept import Solutions
+from edgeq.quantize.solution import BlockSolution, Solution
 from edgeq.recipe import Recipe
 from edgeq.target import Target
 
 Progress = Callable[[str, int, int], None]
+DRAFT = 7
+"""Most tokens that a session can be asked to take back: what a draft may hold."""
+
+
+@dataclass(frozen=True)
+class CacheRanges:
+    """Largest magnitudes of keys, at any rotation, and of values: float32 [layers with attention, heads, head size]."""
+
+    keys: NDArray[np.float32]
+    values: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One build: which checkpoint, how quantized, for which device, for how many tokens of context."""
+    """One build: which checkpoint, how quantized, for which device, for how many tokens of context.
+
+    kept: folder of the solutions that a walk found, for a calibrated recipe; cache: what calibration saw, for caches
+    that need it; None: the backend calibrates its own.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
     target: Target
     context: int
     progress: Progress
+    kept: Path | None = None
+    cache: CacheRanges | None = None
+
+    def solution(self, name: str) -> Solution | BlockSolution:
+        """Quantized form of one matrix; raises what `solve` raises."""
+        return Solutions(self.checkpoint, self.recipe, self.kept)(name)
+
+
+class Drafter(Protocol):
+    """What guesses the next tokens."""
+
+    def guess(self, found: Sequence[int], most: int) -> Sequence[int]:
+        """At most `most` tokens that may follow when `found` is put behind all the tokens of earlier calls."""
+        ...
 
 
 class Session(Protocol):
-    """A loaded bundle: token ids in, token ids and logits out."""
+    """A loaded bundle: token ids in, token ids and logits out.
+
+    Either asked for a whole text at once by `generate` and `logits`, or led step by step by `begin`, `advance` and
+    `rewind`; the former forget what the latter did.
+    """
 
     @property
     def placement(self) -> tuple[Placement, ...]:
         """What lives on which device, as the engine itself reports it."""
+        ...
+
+    @property
+    def one_way(self) -> str | None:
+        """Why it cannot be led step by step and take tokens back; None when it can."""
         ...
 
     def generate(self, ids: Sequence[int], tokens: int) -> Iterator[int]:
@@ -45,6 +84,25 @@ class Session(Protocol):
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits after each token, shape [len(ids), vocabulary]."""
+        ...
+
+    def drafter(self) -> Drafter | None:
+        """The model's own for the text that begins next, such as a multi-token-prediction head; None without one."""
+        ...
+
+    def begin(self, tokens: int) -> None:
+        """Forget everything, and have room for `tokens` tokens; raises UsageFault when the context has not."""
+        ...
+
+    def advance(self, ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+        """Run tokens after those already seen: logits after the last `keep`, [keep, vocabulary], valid until the next.
+
+        `keep` is 1 for any number of tokens, or len(ids) for at most DRAFT + 1.
+        """
+        ...
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens, at most DRAFT and fewer than the last `advance` kept logits of."""
         ...
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ class NullSession:
     """Session whose every answer is known beforehand."""
 
     placement = (Placement(provider="null", device="null", layers=1, bytes=None),)
+    one_way: str | None = None
 
     def __init__(self, vocab: int) -> None:
         self.vocab = vocab
@@ -48,6 +49,19 @@ class NullSession:
         found = np.zeros((len(ids), self.vocab), np.float32)
         found[np.arange(len(ids)), (np.asarray(ids) + 1) % self.vocab] = FAVOUR
         return found
+
+    def drafter(self) -> None:
+        """The model brings none here."""
+
+    def begin(self, tokens: int) -> None:
+        """Nothing to forget, and room for everything."""
+
+    def advance(self, ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+        """Logits [keep, vocabulary] after the last ids, which depend on nothing before them."""
+        return self.logits(ids[-keep:])
+
+    def rewind(self, count: int) -> None:
+        """Nothing to forget."""
 
     def close(self) -> None:
         """Nothing to release."""

@@ -18,7 +18,7 @@ import numpy as np
 from edgeq import accuracy, backends, bundle
 from edgeq.errors import BackendFault, EdgeqError
 from edgeq.profiles import Energy
-from edgeq.profiling import energy, health, memory, messages, pagecache, repetitions
+from edgeq.profiling import energy, health, memory, messages, pagecache, repetitions, speculating
 from edgeq.profiling.messages import Timed
 from edgeq.profiling.repetitions import Configuration, Stopwatch
 
@@ -105,7 +105,7 @@ def loss(folder: Path, reference: Path, say: Say) -> messages.Loss:
 
 
 def speed(job: messages.SpeedJob, say: Say) -> messages.Speed:
-    """Load time, then speed, memory, energy and health over all repetitions."""
+    """Load time, then speed, memory, energy and health over all repetitions; speculation last, of no part in these."""
     folder = Path(job.folder)
     manifest = bundle.read(folder)
     backend = backends.get(manifest.backend)
@@ -126,6 +126,18 @@ def speed(job: messages.SpeedJob, say: Say) -> messages.Speed:
     if unresettable:
         phases = (loaded, memory.NOTHING, memory.NOTHING)
     placement = session.placement
+    reference = folder / bundle.REFERENCE
+    guessed_reason = session.one_way or (None if reference.is_file() else f"the bundle holds no {bundle.REFERENCE}")
+    guessed: tuple[messages.Guessed, ...] = ()
+    if guessed_reason is None:
+        guessed = speculating.measure(
+            watch,
+            accuracy.load(reference).windows.tolist(),
+            max(job.prompts),
+            job.tokens,
+            job.repetitions,
+            lambda count, total: say(_progress("speculation", count, total)),
+        )
     session.close()
     return messages.Speed(
         warm_s=warm_s,
@@ -138,6 +150,8 @@ def speed(job: messages.SpeedJob, say: Say) -> messages.Speed:
         memory_reason="this system keeps no peak (VmHWM)" if peak is None else unresettable,
         energy=used,
         health_reason=health.read().reason,
+        guessed=guessed,
+        guessed_reason=guessed_reason,
     )
 
 

@@ -28,7 +28,8 @@ _CACHES_OFF = {
 }
 """Kernels that drivers keep: CUDA, NVIDIA's Vulkan, Mesa, Intel's OpenCL, PoCL (the manuals of each)."""
 _CACHE_FOLDERS = ("EDGEQ_KERNEL_CACHE", "XDG_CACHE_HOME")
-_KV_BYTES = {32: 4.0, 16: 2.0, 8: 34 / 32}  # 8: GGML's Q8_0, 32 bytes and a float16 scale
+_KV_BYTES = {32: 4.0, 16: 2.0, 8: 1.0}
+_Q8_0_BYTES = 34 / 32  # GGML's blocks of 32: a float16 scale in each; ONNX Runtime's scales are fixed weights
 
 Progress = Callable[[str, int, int], None]
 
@@ -124,6 +125,8 @@ def _row(
         first_token_from=first_token_from,
         prefill=rows.prefill(prefills),
         decode=rows.decode(decodes),
+        speculation=rows.speculation(speed.guessed, plan.repetitions) or None,
+        speculation_reason=speed.guessed_reason,
         memory=_memory(manifest, speed),
         energy=speed.energy,
         accuracy=loss,
@@ -197,8 +200,7 @@ def _memory(manifest: bundle.Bundle, speed: messages.Speed) -> Memory:
         reasons.append("KV cache: the null backend has none")
     else:
         values = model.read_config(manifest.config).kv_bytes_per_token(1)
-        half = (manifest.backend, manifest.provider) == ("onnx", "cuda")  # whose graph is in float16
-        cache = int(values * _KV_BYTES[16 if half else recipe.parse(manifest.recipe).kv_bits])
+        cache = int(values * _value_bytes(manifest))
     return Memory(
         peak_rss_bytes=speed.peak_rss_bytes,
         load=speed.load,
@@ -208,3 +210,12 @@ def _memory(manifest: bundle.Bundle, speed: messages.Speed) -> Memory:
         kv_cache_bytes_per_token=cache,
         reason="; ".join(reason for reason in reasons if reason) or None,
     )
+
+
+def _value_bytes(manifest: bundle.Bundle) -> float:
+    """Bytes of one key or value in the cache."""
+    bits = recipe.parse(manifest.recipe).kv_bits
+    if bits == 8 and manifest.backend == "llamacpp":
+        return _Q8_0_BYTES
+    half = (manifest.backend, manifest.provider) == ("onnx", "cuda")  # whose graph is in float16
+    return _KV_BYTES[16 if half else bits]

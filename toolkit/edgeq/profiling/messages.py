@@ -82,8 +82,21 @@ class Timed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     tokenization_s: float | None
 
 
+class Guessed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
+    """One continuation of a text decoded plainly and with guessed tokens, and whether all tokens were the `same`."""
+
+    method: str
+    text: str
+    plain: Timed
+    drafted: Timed
+    same: bool
+
+
 class Speed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):
-    """What one process measured: load time, every repetition, and the peak memory of each phase."""
+    """What one process measured: load time, every repetition, and the peak memory of each phase.
+
+    guessed: every repetition of speculation; none where `guessed_reason` says why.
+    """
 
     warm_s: float
     placement: tuple[Placement, ...]
@@ -95,6 +108,8 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     memory_reason: str | None
     energy: Energy
     health_reason: str | None
+    guessed: tuple[Guessed, ...]
+    guessed_reason: str | None
 
 
 class Loss(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag=True):

@@ -49,13 +49,13 @@ class Stopwatch:
         """Repetition of a configuration, on a prompt that depends on the attempt."""
         ids = prompt_ids(self.vocab, configuration.prompt, attempt)
         if configuration.phase == "prefill":
-            before = self._state()
+            before = self.state()
             first, seconds = self.prefill(ids, 1)[1:]
-            return self._timed(configuration, attempt, before, seconds, (), first)
+            return self.timed(configuration, attempt, before, seconds, (), first)
         stream, first, _ = self.prefill(ids, configuration.tokens)
-        before = self._state()
+        before = self.state()
         gaps = self.decode(stream, configuration.tokens)
-        return self._timed(configuration, attempt, before, sum(gaps), gaps, first)
+        return self.timed(configuration, attempt, before, sum(gaps), gaps, first)
 
     def prefill(self, ids: Sequence[int], tokens: int) -> tuple[Iterator[int], int, float]:
         """Stream after its first token, that token, and the seconds that it took."""
@@ -85,10 +85,11 @@ class Stopwatch:
     def _note(self, phase: str) -> None:
         self.peaks[phase] = memory.highest(self.peaks[phase], memory.read())
 
-    def _state(self) -> tuple[health.Reading, contention.Snapshot]:
+    def state(self) -> tuple[health.Reading, contention.Snapshot]:
+        """The machine's, before something is timed."""
         return health.read(), contention.snapshot()
 
-    def _timed(
+    def timed(
         self,
         configuration: Configuration,
         attempt: int,
@@ -97,6 +98,7 @@ class Stopwatch:
         gaps: tuple[float, ...],
         first: int,
     ) -> Timed:
+        """What took `seconds` since `before`: a prefill, or so many tokens after the first, in steps of `gaps`."""
         disturbed = contention.between(before[1], contention.snapshot())
         after = health.read()
         repetition = Repetition(
@@ -104,7 +106,7 @@ class Stopwatch:
             tokens=configuration.tokens,
             depth=configuration.depth,
             seconds=seconds,
-            tokens_per_s=(len(gaps) or configuration.tokens) / seconds,
+            tokens_per_s=(configuration.tokens - (configuration.phase == "decode")) / seconds,
             wait=disturbed.wait,
             steal=disturbed.steal,
             throttled=disturbed.throttled,

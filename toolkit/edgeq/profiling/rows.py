@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from edgeq.profiles import Decode, Health, Placement, Prefill, Repetition, Spread
+from edgeq.profiles import Decode, Health, Placement, Prefill, Repetition, Speculation, Spread
 from edgeq.profiling import statistics
-from edgeq.profiling.messages import Timed
+from edgeq.profiling.messages import Guessed, Timed
 
 Number = TypeVar("Number", int, float)
 
@@ -47,6 +47,37 @@ def decode(groups: Sequence[Sequence[Timed]]) -> tuple[Decode, ...]:
         )
         for group in groups
     )
+
+
+def speculation(done: Sequence[Guessed], wanted: int) -> tuple[Speculation, ...]:
+    """Row of each method and text."""
+    found = []
+    for method, text in sorted({(one.method, one.text) for one in done}, reverse=True):
+        made = [one for one in done if (one.method, one.text) == (method, text)]
+        valid = [one for one in made if undisturbed(one)]
+        group = valid if len(valid) >= wanted else made
+        few = f"{len(valid)} of {len(made)} continuations were undisturbed, {wanted} are wanted"
+        first, steps = group[0].drafted.repetition, sum(len(one.drafted.gaps_s) for one in group)
+        found.append(
+            Speculation(
+                method=method,
+                text=text,
+                prompt=first.depth,
+                tokens=first.tokens,
+                tokens_per_s=_tokens_per_s([one.drafted for one in group]),
+                plain_tokens_per_s=_tokens_per_s([one.plain for one in group]),
+                tokens_per_step=(first.tokens - 1) * len(group) / steps,
+                same=sum(one.same for one in group) / len(group),
+                valid=len(valid) >= wanted,
+                reason=None if len(valid) >= wanted else few,
+            )
+        )
+    return tuple(found)
+
+
+def undisturbed(one: Guessed) -> bool:
+    """Whether a continuation was, in both ways of writing it."""
+    return one.plain.repetition.valid and one.drafted.repetition.valid
 
 
 def _tokens_per_s(group: Sequence[Timed]) -> Spread:

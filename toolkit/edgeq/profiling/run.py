@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from edgeq import accuracy, bundle, data, detect, profiles, sources, transformer
+from edgeq import accuracy, bundle, data, detect, profiles, sources
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import CorruptInput, DigestMismatch, InvalidMeasurement, MissingTool, UsageFault
 from edgeq.machine import Machine, this_machine
@@ -31,7 +31,7 @@ def profile(
     measuring raises. `plan.accuracy` full (or a `text`) runs the float32 reference here and needs the checkpoint.
     """
     plan = plan or measure.Plan()
-    words = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8") if text is None else _read(text)
+    words = data.held_out() if text is None else _read(text)
     if text is not None:
         plan = dataclasses.replace(plan, accuracy="full")
     made = bundle.read(folder)
@@ -86,7 +86,8 @@ def saved_path(row: Profile) -> Path:
 
 def _full_reference(made: bundle.Bundle, words: str, scratch: Path, progress: Callable[[str, int, int], None]) -> Path:
     """Reference over much of a text, as a file."""
-    from edgeq import reference
+    from edgeq.walk import footprint, windows
+    from edgeq.walk import run as walk
 
     name = made.source.name if made.source.kind != "hub" else f"{made.source.name}@{made.source.revision}"
     try:
@@ -104,7 +105,8 @@ def _full_reference(made: bundle.Bundle, words: str, scratch: Path, progress: Ca
             why="Its files have other digests than the bundle recorded.",
             run="edgeq profile ... --accuracy quick, or build again from this checkpoint",
         )
-    transformer.check_memory(checkpoint.model)
     path = scratch / bundle.REFERENCE
-    accuracy.save(reference.full(checkpoint, words, progress), path)
+    held = windows.full(checkpoint, words)
+    footprint.require(checkpoint.model, held, None)
+    accuracy.save(walk.reference(checkpoint, held, progress), path)
     return path

@@ -4,6 +4,9 @@ A block's bytes (ggml's `ggml-common.h`), d and m being float16:
 
     q4_1      d m      16 bytes of codes                                w = d * code + m
     iq4_nl    d        16 bytes of codes                                w = d * levels[code]
+    iq4_xs    d        6 bytes of scales, 128 of codes                  w = d * (scale - 32) * levels[code]
+    q2_k               16 bytes of scales, 64 of codes, d m             w = d * scale * code - m * minimum
+    q3_k               32 bytes of third bits, 64 of codes, 12 of scales, d     w = d * (scale - 32) * (code - 4)
     q4_k      d m      12 bytes of scales, 128 of codes                 w = d * scale * code - m * minimum
     q5_k      d m      12 bytes of scales, 32 of fifth bits, 128 codes  the same
     q6_k               128 bytes of codes, 64 of upper bits, 16 of scales, d    w = d * scale * (code - 32)
@@ -17,23 +20,27 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.errors import MissingTool, UsageFault
+from edgeq.errors import MissingTool, UnsupportedModel, UsageFault
 from edgeq.quantize.solution import BlockSolution
 from edgeq.recipe import Layout
 
 Bytes = NDArray[Any]
 
+_UNEVEN = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 _LEVELS = {
-    "iq4_nl": np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32),
+    "iq4_nl": _UNEVEN,
+    "iq4_xs": _UNEVEN,
+    "q3_k": np.arange(-4, 4, dtype=np.float32),
     "q6_k": np.arange(-32, 32, dtype=np.float32),
 }
 
 
-def quantize(weights: NDArray[np.float32], layout: Layout) -> Bytes:
-    """Rows [outputs, bytes] of a matrix as ggml rounds it, no importance given; needs llama-cpp-python's library.
+def quantize(weights: NDArray[np.float32], layout: Layout, importance: NDArray[np.float32] | None = None) -> Bytes:
+    """Rows [outputs, bytes] of a matrix as ggml rounds it; needs llama-cpp-python's library.
 
-    Raises MissingTool where that is absent, UsageFault when the block does not divide the inputs: ggml would cut the
-    rest off.
+    importance: weight of each input's squared error, float32 [inputs]; ggml's own guess from the weights without it.
+    Raises MissingTool where the library is absent, UsageFault when the block does not divide the inputs: ggml would cut
+    the rest off; UnsupportedModel for weights or importances that are not finite: ggml would make them so.
     """
     try:
         import llama_cpp
@@ -44,13 +51,20 @@ def quantize(weights: NDArray[np.float32], layout: Layout) -> Bytes:
     outputs, inputs = weights.shape
     if inputs % layout.block:
         raise UsageFault(f"{layout.name}: blocks of {layout.block} do not divide {inputs} inputs")
+    for values in (weights, importance):
+        if values is not None and not np.isfinite(values).all():
+            raise UnsupportedModel(f"{layout.name}: weights are not finite", run="download the checkpoint again")
     weights = np.ascontiguousarray(weights)
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, np.float32)
+        assert importance.shape == (inputs,)
     packed = np.empty((outputs, inputs // layout.block * layout.bits_of_block // 8), np.uint8)
     chunk = llama_cpp.llama_cpp._lib.ggml_quantize_chunk
     chunk.restype = ctypes.c_size_t
     chunk.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
     kind = GGMLQuantizationType[layout.name.upper()]
-    written = chunk(kind, weights.ctypes.data, packed.ctypes.data, 0, outputs, inputs, None)
+    given = None if importance is None else importance.ctypes.data
+    written = chunk(kind, weights.ctypes.data, packed.ctypes.data, 0, outputs, inputs, given)
     assert written == packed.nbytes
     return packed
 
@@ -112,6 +126,52 @@ def _write_iq4_nl(parts: _Parts) -> list[Bytes]:
     return [_bytes(parts.d), _joined(parts.codes, 16)]
 
 
+def _read_iq4_xs(blocks: Bytes) -> _Parts:
+    """Scales have 6 bits: the lower four of a pair in a byte, the upper two of all eight in 16 bits."""
+    d, upper = _float16(blocks[:, :, :2]), blocks[:, :, 2:4, None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3
+    lower = blocks[:, :, 4:8, None] >> np.array([0, 4], np.uint8) & 15
+    scales = (_rows(lower) | _rows(upper) << 4).astype(np.int16) - 32
+    return _Parts(_halves(blocks[:, :, 8:], 16), scales, 0 * scales, d, np.zeros_like(d))
+
+
+def _write_iq4_xs(parts: _Parts) -> list[Bytes]:
+    scales = (parts.scales + 32).astype(np.uint8)
+    upper, lower = _spread(scales >> 4, 4, 2), _spread(scales & 15, 2, 4)
+    return [_bytes(parts.d), upper, lower, _joined(parts.codes, 16)]
+
+
+def _read_q2_k(blocks: Bytes) -> _Parts:
+    scales, codes = blocks[:, :, :16], _quarters(blocks[:, :, 16:80])
+    return _Parts(codes, scales & 15, scales >> 4, _float16(blocks[:, :, 80:82]), _float16(blocks[:, :, 82:]))
+
+
+def _write_q2_k(parts: _Parts) -> list[Bytes]:
+    scales = (parts.scales | parts.minimums << 4).astype(np.uint8)
+    return [scales, _joined_quarters(parts.codes), _bytes(parts.d), _bytes(parts.m)]
+
+
+def _read_q3_k(blocks: Bytes) -> _Parts:
+    """Scales have 6 bits: lower four as halves of 8 bytes, upper two as quarters of 4."""
+    third = blocks[:, :, None, :32] >> np.arange(8, dtype=np.uint8)[:, None] & 1
+    lower, upper = blocks[:, :, 96:104], blocks[:, :, None, 104:108] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    scales = (_halves(lower, 8) | _rows(upper) << 4).astype(np.int16) - 32
+    d = _float16(blocks[:, :, 108:])
+    return _Parts(_quarters(blocks[:, :, 32:96]) | _rows(third) << 2, scales, 0 * scales, d, np.zeros_like(d))
+
+
+def _write_q3_k(parts: _Parts) -> list[Bytes]:
+    third = (parts.codes >> 2).reshape(*parts.d.shape, 8, 32) << np.arange(8, dtype=np.uint8)[:, None]
+    scales = (parts.scales + 32).astype(np.uint8)
+    upper = (scales >> 4).reshape(*parts.d.shape, 4, 4) << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    return [
+        np.bitwise_or.reduce(third, axis=2),
+        _joined_quarters(parts.codes & 3),
+        _joined(scales & 15, 8),
+        np.bitwise_or.reduce(upper, axis=2),
+        _bytes(parts.d),
+    ]
+
+
 def _read_q4_k(blocks: Bytes) -> _Parts:
     return _read_scales(blocks, _halves(blocks[:, :, 16:], 32))
 
@@ -145,15 +205,15 @@ def _write_scales(parts: _Parts) -> list[Bytes]:
 
 
 def _read_q6_k(blocks: Bytes) -> _Parts:
-    upper = blocks[:, :, 128:192].reshape(*blocks.shape[:2], 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     scales, d = blocks[:, :, 192:208].view(np.int8), _float16(blocks[:, :, 208:])
-    return _Parts(_halves(blocks[:, :, :128], 64) | _rows(upper & 3) << 4, scales, 0 * scales, d, np.zeros_like(d))
+    return _Parts(
+        _halves(blocks[:, :, :128], 64) | _quarters(blocks[:, :, 128:192]) << 4, scales, 0 * scales, d, np.zeros_like(d)
+    )
 
 
 def _write_q6_k(parts: _Parts) -> list[Bytes]:
-    upper = (parts.codes >> 4).reshape(*parts.d.shape, 2, 4, 32) << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     scales = parts.scales.astype(np.int8).view(np.uint8)
-    return [_joined(parts.codes & 15, 64), _rows(np.bitwise_or.reduce(upper, axis=3)), scales, _bytes(parts.d)]
+    return [_joined(parts.codes & 15, 64), _joined_quarters(parts.codes >> 4), scales, _bytes(parts.d)]
 
 
 def _halves(blocks: Bytes, width: int) -> Bytes:
@@ -165,6 +225,24 @@ def _halves(blocks: Bytes, width: int) -> Bytes:
 def _joined(codes: Bytes, width: int) -> Bytes:
     runs = codes.reshape(*codes.shape[:2], -1, 2, width)
     return _rows(runs[:, :, :, 0] | runs[:, :, :, 1] << 4)
+
+
+def _quarters(blocks: Bytes) -> Bytes:
+    """Codes of 2 bits: of each run of 32 bytes all lowest quarters, then all second ones, and so on."""
+    runs = blocks.reshape(*blocks.shape[:2], -1, 1, 32)
+    return _rows(runs >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3)
+
+
+def _joined_quarters(codes: Bytes) -> Bytes:
+    runs = codes.reshape(*codes.shape[:2], -1, 4, 32) << np.arange(0, 8, 2, dtype=np.uint8)[:, None]
+    return _rows(np.bitwise_or.reduce(runs, axis=3))
+
+
+def _spread(values: Bytes, each: int, bits: int) -> Bytes:
+    """Small numbers side by side in bytes, `each` of so many `bits`, the first in the lowest."""
+    runs = values.reshape(*values.shape[:2], -1, each) << np.arange(0, 8, bits, dtype=np.uint8)
+    spread: Bytes = np.bitwise_or.reduce(runs, axis=3)
+    return spread
 
 
 def _rows(values: Bytes) -> Bytes:
@@ -181,6 +259,9 @@ def _bytes(values: NDArray[np.float16]) -> Bytes:
 
 
 _READ = {
+    "q2_k": _read_q2_k,
+    "q3_k": _read_q3_k,
+    "iq4_xs": _read_iq4_xs,
     "q4_1": _read_q4_1,
     "iq4_nl": _read_iq4_nl,
     "q4_k": _read_q4_k,
@@ -188,6 +269,9 @@ _READ = {
     "q6_k": _read_q6_k,
 }
 _WRITE = {
+    "q2_k": _write_q2_k,
+    "q3_k": _write_q3_k,
+    "iq4_xs": _write_iq4_xs,
     "q4_1": _write_q4_1,
     "iq4_nl": _write_iq4_nl,
     "q4_k": _write_q4_k,

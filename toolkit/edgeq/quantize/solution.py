@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,12 @@ class Solution:
     def symmetric(self) -> bool:
         """Whether every zero point is the middle code."""
         return bool((self.zero_points == 1 << (self.bits - 1)).all())
+
+    def in_groups(self, group: int) -> Solution:
+        """The same matrix in smaller groups, which must divide this one's: scales and zero points are repeated."""
+        each = self.group // group
+        scales, zero_points = np.repeat(self.scales, each, axis=1), np.repeat(self.zero_points, each, axis=1)
+        return replace(self, group=group, scales=scales, zero_points=zero_points)
 
     def dequantize(self) -> NDArray[np.float32]:
         """Float32 matrix [outputs, inputs] that the codes stand for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,14 +14,14 @@ from numpy.typing import NDArray
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import GateFailed, UnsupportedModel, UsageFault
 from edgeq.machine import physical_cores
-from edgeq.quantize import ggml, rtn
+from edgeq.quantize import ggml, mse, rtn
 from edgeq.quantize.solution import BlockSolution, Solution
 from edgeq.recipe import Layout, Recipe
 from edgeq.size import layout_of
 
 PIECE = 1 << 18
 """Weights at a time: temporaries of this size stay in the processor's cache and in memory that is not given back."""
-_LARGEST_ERROR = 4.0
+_LARGEST_ERROR, _LOST = 4.0, 0.9
 
 
 def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution | BlockSolution:
@@ -29,8 +30,9 @@ def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution | Block
     Holds the codes (one byte a weight) and some 5 MB per thread. Raises UsageFault when the
     recipe's group does not divide the matrix's inputs, UnsupportedModel when a scale is beyond float16, and GateFailed
     when the result is not the matrix any more: its error, root mean square over that of the weights, is above
-    4 / 2**bits. (A step is 2**(1 - bits) of a group's largest weight and the error a step / sqrt(12), so 4 leaves room
-    for weights of any likely shape.)
+    4 / 2**bits, twice that with one scale for a row, or above 0.9. (A step is 2**(1 - bits) of a group's largest weight
+    and the error a step / sqrt(12), so 4 leaves room for weights of any likely shape; the largest weight of a row is
+    larger. Zeros instead of the matrix have the error 1.)
     """
     outputs, inputs = checkpoint.model.tensors()[name]
     layout = layout_of(checkpoint.model, recipe, name)
@@ -43,13 +45,8 @@ def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution | Block
 
     def piece(start: int) -> tuple[Solution | BlockSolution, float, float]:
         weights = checkpoint.rows(name, start, min(start + step, outputs))
-        made = _quantized(weights, layout, name)
-        if not all(np.isfinite(getattr(made, field)).all() for field in _arrays(made)):
-            raise UnsupportedModel(
-                f"{name}: weights up to {np.abs(weights).max():.3g} are too large for {recipe}",
-                why="Their scales are beyond float16.",
-                run="edgeq build ... --recipe w16",
-            )
+        made = _quantized(weights, layout, recipe.method, name)
+        require_finite(made, weights, recipe)
         values = made.dequantize()
         return made, float(np.square(weights - values).sum()), float(np.square(weights).sum())
 
@@ -62,7 +59,7 @@ def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution | Block
             for field in _arrays(made):
                 getattr(whole, field)[start : start + step] = getattr(made, field)
             lost, total = lost + loss, total + square
-    limit = _LARGEST_ERROR / 2**layout.bits
+    limit = worst_loss(layout, inputs)
     if not lost <= limit**2 * total:
         raise GateFailed(
             f"{name}: quantizing to {layout.bits} bits lost {math.sqrt(lost / total):.1%} of the matrix",
@@ -72,15 +69,31 @@ def solve(checkpoint: Checkpoint, recipe: Recipe, name: str) -> Solution | Block
     return whole
 
 
+def worst_loss(layout: Layout, inputs: int) -> float:
+    """Largest root mean square of an error, relative to what it is an error of, that a layout may leave of a matrix."""
+    largest: float = _LARGEST_ERROR / 2**layout.bits * (2 if layout.group == inputs else 1)
+    return min(_LOST, largest)
+
+
+def require_finite(made: Solution | BlockSolution, weights: NDArray[np.float32], recipe: Recipe) -> None:
+    """Raise UnsupportedModel when a solution of some weights is not finite."""
+    if not all(np.isfinite(getattr(made, field)).all() for field in _arrays(made)):
+        raise UnsupportedModel(
+            f"{made.name}: weights up to {np.abs(weights).max():.3g} are too large for {recipe}",
+            why="Their scales are beyond float16.",
+            run="edgeq build ... --recipe w16",
+        )
+
+
 def rounded(checkpoint: Checkpoint, recipe: Recipe, name: str) -> NDArray[np.float32]:
     """What a recipe makes of one matrix, as float32 [outputs, inputs]."""
-    if not recipe.body.is_float:
+    if not layout_of(checkpoint.model, recipe, name).is_float:
         return solve(checkpoint, recipe, name).dequantize()
     return as_float(checkpoint, recipe, name, checkpoint.tensor(name)).astype(np.float32)
 
 
 def as_float(checkpoint: Checkpoint, recipe: Recipe, name: str, values: NDArray[np.float32]) -> NDArray[Any]:
-    """Values of a matrix in the type of a recipe of floats; raises UnsupportedModel when that cannot hold them."""
+    """Values of a matrix in a recipe's type of floats; raises UnsupportedModel when that cannot hold them."""
     with np.errstate(over="ignore"):
         stored = values.astype(float_type(checkpoint, recipe, name))
     if not np.isfinite(stored).all():
@@ -92,27 +105,51 @@ def as_float(checkpoint: Checkpoint, recipe: Recipe, name: str, values: NDArray[
 
 
 def float_type(checkpoint: Checkpoint, recipe: Recipe, name: str) -> np.dtype[Any]:
-    """Type that a recipe of floats stores a matrix in; w16: the checkpoint's own, bfloat16 where that is wider."""
+    """Type that a recipe stores a matrix of floats in; w16: the checkpoint's own, bfloat16 where that is wider."""
     import ml_dtypes
 
     own = "f16" if checkpoint.dtype(name) == "F16" else "bf16"
-    wanted = own if recipe.body.name == "w16" else recipe.body.name
+    layout = layout_of(checkpoint.model, recipe, name)
+    wanted = own if layout.name == "w16" else layout.name
     types: dict[str, Any] = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "f32": np.float32}
     found: np.dtype[Any] = np.dtype(types[wanted])
     return found
 
 
-def _quantized(weights: NDArray[np.float32], layout: Layout, name: str) -> Solution | BlockSolution:
+def stored_exactly(checkpoint: Checkpoint, recipe: Recipe, name: str) -> bool:
+    """Whether a recipe keeps every value of a matrix."""
+    layout = layout_of(checkpoint.model, recipe, name)
+    own = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}[checkpoint.dtype(name)]
+    return layout.name == "f32" or (layout.is_float and float_type(checkpoint, recipe, name).name == own)
+
+
+def part(solution: Solution | BlockSolution, rows: slice | NDArray[np.intp]) -> Solution | BlockSolution:
+    """Some rows of a solution."""
+    return _with(solution, {field: getattr(solution, field)[rows] for field in _arrays(solution)})
+
+
+def joined(parts: Sequence[Solution | BlockSolution]) -> Solution | BlockSolution:
+    """Solution with the rows of several, one below the other."""
+    fields = _arrays(parts[0])
+    return _with(parts[0], {field: np.concatenate([getattr(each, field) for each in parts]) for field in fields})
+
+
+def _quantized(weights: NDArray[np.float32], layout: Layout, method: str, name: str) -> Solution | BlockSolution:
     if layout.is_ggml:
         return ggml.unpack(ggml.quantize(weights, layout), layout, name)
-    return Solution(name, layout.bits, layout.group, *rtn.quantize(weights, layout.bits, layout.group))
+    quantize = rtn.quantize if method == "rtn" else mse.quantize
+    made = quantize(weights, layout.bits, layout.group, symmetric=layout.symmetric)
+    return Solution(name, layout.bits, layout.group, *made)
 
 
 def _with_rows(made: Solution | BlockSolution, outputs: int) -> Solution | BlockSolution:
     """Room for a solution like another one, with so many outputs."""
     like: dict[str, NDArray[Any]] = {field: getattr(made, field) for field in _arrays(made)}
-    empty: dict[str, Any] = {field: np.empty((outputs, *rows.shape[1:]), rows.dtype) for field, rows in like.items()}
-    return dataclasses.replace(made, **empty)
+    return _with(made, {field: np.empty((outputs, *rows.shape[1:]), rows.dtype) for field, rows in like.items()})
+
+
+def _with(made: Solution | BlockSolution, arrays: dict[str, Any]) -> Solution | BlockSolution:
+    return dataclasses.replace(made, **arrays)
 
 
 def _arrays(made: Solution | BlockSolution) -> list[str]:

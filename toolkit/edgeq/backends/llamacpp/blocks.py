@@ -14,15 +14,16 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq import size
 from edgeq.errors import UnsupportedModel, UsageFault
 from edgeq.model import Model
 from edgeq.quantize import ggml
 from edgeq.quantize.solution import BlockSolution, Solution
-from edgeq.recipe import Layout, Recipe, plain
+from edgeq.recipe import GGML, Layout, Recipe, plain
 from edgeq.size import is_quantized, layout_of
 
 BLOCK = 32
-_PLAIN = {4: "Q4_0", 8: "Q8_0"}
+_PLAIN = {plain(4, BLOCK): "Q4_0", plain(8, BLOCK): "Q8_0"}
 
 
 def check(model: Model, recipe: Recipe) -> None:
@@ -46,11 +47,11 @@ def check(model: Model, recipe: Recipe) -> None:
         layout = layout_of(model, recipe, name)
         if layout.is_float:
             continue
-        if not layout.is_ggml and layout.group != BLOCK:
+        if not layout.is_ggml and layout not in _PLAIN:
             raise UsageFault(
-                f"{recipe}: llama.cpp cannot hold groups of {layout.group} for {name}",
-                why=f"GGML's plain blocks have one scale per {BLOCK} inputs.",
-                run=f"edgeq build ... --recipe {_in_blocks(recipe)}",
+                f"{recipe}: llama.cpp cannot hold {layout.name} for {name}",
+                why=f"GGML's plain blocks have 4 or 8 bits, one scale per {BLOCK} inputs, and no zero points.",
+                run=f"edgeq build ... --recipe {_in_blocks(model, recipe)}",
             )
         if inputs % layout.block:
             raise UsageFault(
@@ -66,10 +67,22 @@ def check(model: Model, recipe: Recipe) -> None:
             )
 
 
-def _in_blocks(recipe: Recipe) -> Recipe:
-    """The same bits with the groups that GGML's plain blocks have."""
-    body, table = (each if each.is_ggml else plain(each.bits, BLOCK) for each in (recipe.body, recipe.table))
-    return dataclasses.replace(recipe, body=body, table=table)
+def _in_blocks(model: Model, recipe: Recipe) -> Recipe:
+    """The same bits in GGML's blocks, with minimums instead of zero points; more bits where rows do not fill those."""
+    body, table = recipe.body, recipe.table
+    if not table.is_ggml and not table.is_float:
+        table = plain(table.bits, BLOCK)
+    if body.bits == 2 or not (body.is_ggml or body.symmetric):
+        names = {2: ("q2_k", "q4_1"), 4: ("q4_1",), 8: ()}[body.bits]
+        bodies = [*map(GGML.__getitem__, names), plain(8, BLOCK)]
+    else:
+        bodies = [body if body.is_ggml else plain(body.bits, BLOCK)]
+    near = [dataclasses.replace(recipe, body=each, table=table, method=_method(recipe, each)) for each in bodies]
+    return next((each for each in near if size.divides(model, each)), near[-1])
+
+
+def _method(recipe: Recipe, body: Layout) -> str:
+    return "rtn" if body.is_ggml and recipe.method == "mse" else recipe.method
 
 
 def _matrices(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -78,7 +91,7 @@ def _matrices(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def format_of(layout: Layout) -> str:
     """GGML's name of a layout of codes."""
-    return layout.name.upper() if layout.is_ggml else _PLAIN[layout.bits]
+    return layout.name.upper() if layout.is_ggml else _PLAIN[layout]
 
 
 def pack(solution: Solution | BlockSolution, rows: slice = slice(None)) -> NDArray[np.uint8]:

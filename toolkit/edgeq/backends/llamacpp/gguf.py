@@ -16,17 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.backends.base import Job
-from edgeq.backends.llamacpp import blocks, tensors, vocabulary
+from edgeq.backends.llamacpp import blocks, head, tensors, vocabulary
 from edgeq.errors import UnsupportedModel
 from edgeq.model import Model
-from edgeq.quantize.solve import PIECE, as_float, float_type, solve
+from edgeq.quantize.solve import PIECE, as_float, float_type
 from edgeq.size import is_quantized, layout_of
 from edgeq.version import VERSION
 
 MODEL = "model.gguf"
 _FLOATS = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _ARCHITECTURES = {"2.5": "qwen2", "3": "qwen3", "3.5": "qwen35"}
-_FILE_TYPES = {"F32": "ALL_F32", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}
+_FILE_TYPES = {"F32": "ALL_F32", "Q3_K": "MOSTLY_Q3_K_S", "Q4_K": "MOSTLY_Q4_K_S", "Q5_K": "MOSTLY_Q5_K_S"}
 
 
 def write(job: Job, out: Path) -> None:
@@ -43,19 +43,20 @@ def write(job: Job, out: Path) -> None:
     writer = gguf.GGUFWriter(out / MODEL, _ARCHITECTURES[model.generation])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_size_label(_size_label(model))
-    _add_shape(writer, model)
+    _add_shape(writer, model, heads=1 if job.checkpoint.head else 0)
     _add_tokenizer(writer, job)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     body = _format(job, next(name for name in model.tensors() if name.endswith("mlp.down_proj.weight")))
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES.get(body, f"MOSTLY_{body}")])
     writer.add_string("edgeq.version", VERSION)
     writer.add_string("edgeq.recipe", str(job.recipe))
-    for name, shape in model.tensors().items():
+    for name, shape in _shapes(job).items():
         kind = gguf.GGMLQuantizationType[_format(job, name)]
         values, size = gguf.GGML_QUANT_SIZES[kind]
         stored = shape if len(shape) < 3 else (shape[0], shape[2])
+        naming = head if name in job.checkpoint.head else tensors
         writer.add_tensor_info(
-            tensors.gguf_name(model, name), stored, np.dtype(np.float32), math.prod(shape) // values * size, kind
+            naming.gguf_name(model, name), stored, np.dtype(np.float32), math.prod(shape) // values * size, kind
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -64,10 +65,18 @@ def write(job: Job, out: Path) -> None:
     _write_tensors(job, out / MODEL, writer.data_alignment)
 
 
-def _add_shape(writer: Any, model: Model) -> None:
+def _shapes(job: Job) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in the order of the file."""
+    model = job.checkpoint.model
+    return model.tensors() | (model.head_tensors() if job.checkpoint.head else {})
+
+
+def _add_shape(writer: Any, model: Model, heads: int) -> None:
     writer.add_context_length(model.context)
     writer.add_embedding_length(model.hidden)
-    writer.add_block_count(model.layers)
+    writer.add_block_count(model.layers + heads)
+    if heads:
+        writer.add_nextn_predict_layers(heads)
     writer.add_feed_forward_length(model.ffn)
     writer.add_head_count(model.heads)
     writer.add_head_count_kv(model.kv_heads)
@@ -132,6 +141,8 @@ def _add_tokenizer(writer: Any, job: Job) -> None:
 
 def _format(job: Job, name: str) -> str:
     """GGML's name of how a tensor is stored."""
+    if name in job.checkpoint.head and len(job.checkpoint.head[name].shape) == 2:
+        return _FLOATS[float_type(job.checkpoint, job.recipe, name).name] if job.recipe.body.is_float else head.CODES
     if not is_quantized(name):
         return "F32"
     layout = layout_of(job.checkpoint.model, job.recipe, name)
@@ -141,12 +152,12 @@ def _format(job: Job, name: str) -> str:
 
 
 def _write_tensors(job: Job, path: Path, alignment: int) -> None:
-    names = list(job.checkpoint.model.tensors())
+    names = list(_shapes(job))
     with path.open("ab") as stream:
         for done, name in enumerate(names):
             job.progress("quantize", done, len(names))
             stream.write(b"\0" * (-stream.tell() % alignment))
-            for rows in _stored(job, name):
+            for rows in head.stored(job, name) if name in job.checkpoint.head else _stored(job, name):
                 stream.write(np.ascontiguousarray(rows).view(np.uint8).data)
         stream.write(b"\0" * (-stream.tell() % alignment))
     job.progress("quantize", len(names), len(names))
@@ -158,12 +169,12 @@ def _stored(job: Job, name: str) -> Iterator[NDArray[Any]]:
     order = tensors.columns(model, name)
     if not is_quantized(name):
         yield tensors.float32(job.checkpoint, name)
-    elif job.recipe.body.is_float:
+    elif layout_of(model, job.recipe, name).is_float:
         for start, stop in _pieces(model, name):
             rows = job.checkpoint.rows(name, start, stop)
             yield as_float(job.checkpoint, job.recipe, name, rows if order is None else rows[:, order])
     else:
-        solution = solve(job.checkpoint, job.recipe, name)
+        solution = job.solution(name)
         solution = solution if order is None else tensors.with_columns(solution, order)
         for start, stop in _pieces(model, name):
             yield blocks.pack(solution, slice(start, stop))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from edgeq.backends.base import Job, Session
@@ -12,7 +13,7 @@ from edgeq.bundle import Bundle, Compiled
 from edgeq.errors import MissingTool, UsageFault
 from edgeq.machine import physical_cores, this_machine
 from edgeq.model import Model, read_config
-from edgeq.recipe import Recipe
+from edgeq.recipe import Recipe, plain
 from edgeq.target import Target
 
 ENGINE = ("apache-tvm", "apache-tvm-ffi")
@@ -29,9 +30,12 @@ def scale_bits(recipe: Recipe) -> int:
 
 
 def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001
-    """Raise UsageFault for GGML's layouts, an 8-bit cache, and what the official compiler lacks when chosen."""
+    """Raise UsageFault for GGML's layouts, zero points, an 8-bit cache, and what a chosen official compiler lacks."""
     if recipe.body.is_ggml or recipe.table.is_ggml:
         raise UsageFault(f"{recipe}: MLC does not know GGML's layouts", run="edgeq build ... --backend llamacpp")
+    if not recipe.body.symmetric:
+        near = replace(recipe, body=plain(recipe.body.bits, recipe.body.group))
+        raise UsageFault(f"{recipe}: MLC's layout has no room for zero points", run=f"edgeq build ... --recipe {near}")
     if recipe.kv_bits == 8:
         raise UsageFault(
             f"{recipe}: the mlc backend keeps keys and values in float32 or float16",

@@ -40,12 +40,12 @@ class Compiled:
 
 
 def precision(recipe: Recipe, own: str) -> Precision:
-    """How a recipe is stored and computed; `own` is the checkpoint's 16-bit type, for the recipe w16.
+    """How a recipe is stored and computed; `own` is the checkpoint's 16-bit type, for w16 and tables of 16 bits.
 
     A float16 cache means float16 activations and scales: attention reads and writes one type.
     """
     names = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "w16": own}
-    floats = names.get(recipe.body.name, "float32")
+    floats = names.get(recipe.table.name, "float32")
     return Precision(recipe.body, recipe.table, "float16" if recipe.kv_bits == 16 else "float32", floats)
 
 

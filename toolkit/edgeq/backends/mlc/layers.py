@@ -42,7 +42,7 @@ class Linear(nn.Module):
         if not layout.is_float:
             self.bits = layout.bits
             self.q_weight = nn.Parameter((outputs, inputs * self.bits // WORD), "uint32")
-            self.q_scale = nn.Parameter((outputs, inputs // layout.group), precision.dtype)
+            self.q_scale = nn.Parameter((outputs, inputs // layout.of(inputs).run), precision.dtype)
         elif precision.floats == "bfloat16":
             self.bits = _BFLOAT16_BITS
             self.weight = nn.Parameter((outputs, inputs * self.bits // WORD), "uint32")

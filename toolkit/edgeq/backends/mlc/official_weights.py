@@ -17,7 +17,7 @@ from edgeq.backends.base import Job
 from edgeq.backends.mlc import packing, tensor_cache
 from edgeq.model import Model
 from edgeq.quantize.solution import Solution
-from edgeq.quantize.solve import as_float, solve
+from edgeq.quantize.solve import as_float
 from edgeq.size import is_quantized
 
 Parameters = dict[str, tuple[tuple[int, ...], str]]
@@ -131,7 +131,7 @@ def _name(tensor: str) -> str:
 
 
 def _solved(job: Job, tensor: str) -> Solution:
-    found = solve(job.checkpoint, job.recipe, tensor)
+    found = job.solution(tensor)
     assert isinstance(found, Solution)
     return found
 

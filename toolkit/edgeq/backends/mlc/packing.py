@@ -1,5 +1,6 @@
 """Solutions as MLC's words: codes of one row side by side in uint32, the first in the lowest bits.
 
+    2 bits    w = (code - 1) * scale      sixteen codes to a word
     4 bits    w = (code - 7) * scale      eight codes to a word
     8 bits    w = (code - 127) * scale    four codes to a word
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgeq.errors import UsageFault
 from edgeq.quantize.solution import Solution
+from edgeq.recipe import run_of
 
 WORD = 32
 
@@ -26,6 +28,7 @@ def middle(bits: int) -> int:
 def pack(solution: Solution) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
     """Words [outputs, inputs * bits / 32] and scales [outputs, groups] that dequantize to exactly the solution.
 
+    A column has its scale once for each run of inputs (`recipe.run_of`).
     Raises UsageFault when the solution has zero points, for which the layout has no room.
     """
     if not solution.symmetric:
@@ -34,14 +37,15 @@ def pack(solution: Solution) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
             why="It has no zero points.",
             run=f"choose a symmetric recipe, for example w{solution.bits}g32-e8-rtn",
         )
+    solution = solution.in_groups(run_of(solution.group))
     mirrored = np.uint8((1 << solution.bits) - 1) - solution.codes
     return words(mirrored, solution.bits), -solution.scales
 
 
 def words(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint32]:
     """Codes [outputs, inputs] below 2**bits as words [outputs, inputs * bits / 32]; a word's codes must fill it."""
-    if bits == 4:
-        codes = codes[:, ::2] | np.left_shift(codes[:, 1::2], 4, dtype=np.uint8)
+    while bits < 8:
+        codes, bits = codes[:, ::2] | codes[:, 1::2] << np.uint8(bits), 2 * bits
     return np.ascontiguousarray(codes).view("<u4")
 
 

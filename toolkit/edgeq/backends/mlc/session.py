@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.backends.base import DRAFT
 from edgeq.backends.mlc import tensor_cache
 from edgeq.bundle import Bundle
 from edgeq.errors import BackendFault, OutOfMemory, UsageFault
@@ -26,6 +27,8 @@ class MlcSession:
 
     module: an executable, or a library that was loaded; device: TVM's. Prompts run in chunks of the sizes that the
     library was compiled for. The cache grows to the longest sequence asked for, in steps of 256 tokens.
+    Tokens are taken back from the cache; states are copied before a step whose tokens may be taken back, and what stays
+    of them runs again in the next.
     Raises BackendFault when library and weights do not belong together, OutOfMemory when there is no room for the
     cache, UsageFault when tokens exceed the bundle's context.
     """
@@ -68,6 +71,38 @@ class MlcSession:
             part = ids[start : start + self._verify_chunk]
             found[start : start + len(part)] = self._run(self._functions["batch_verify"], part)
         return found
+
+    @property
+    def one_way(self) -> str | None:
+        """MLC's own object for the states of linear attention keeps one of them."""
+        return "mlc_llm's linear attention keeps no state to go back to" if self._has_rnn_state() else None
+
+    def drafter(self) -> None:
+        """The model brings none here."""
+
+    def begin(self, tokens: int) -> None:
+        """Forget everything, and have room for `tokens` tokens."""
+        self._reset(tokens)
+        self._again: list[int] = []
+
+    def advance(self, ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+        """Logits [keep, vocabulary] after the last of some tokens."""
+        if len(self._again) > DRAFT:
+            self._prefill(self._again)
+            self._again = []
+        ids, self._again = [*self._again, *ids], []
+        if keep > 1:
+            self._last, self._before = ids, [state.copyto(self._device) for state in self._states]
+            return self._run(self._functions["batch_verify"], ids)[-keep:]
+        return self._run(self._decode, ids) if len(ids) == 1 else self._prefill(ids)[None]
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens."""
+        if count and self._states:
+            self._states, self._again = self._before, self._last[:-count]
+            count = len(self._last)
+        if count:
+            self._builtin("kv_state_popn")(self._kv, 0, count)
 
     def close(self) -> None:
         """Release weights, cache and states."""

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.backends.base import Job
 from edgeq.backends.mlc import packing, tensor_cache
-from edgeq.checkpoint import Checkpoint
 from edgeq.errors import BackendFault
 from edgeq.model import Model
 from edgeq.quantize.solution import Solution
-from edgeq.quantize.solve import as_float, solve
-from edgeq.recipe import Recipe
-from edgeq.size import is_quantized
+from edgeq.quantize.solve import as_float, part
+from edgeq.size import is_quantized, layout_of
 
 _JOINED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -41,7 +39,7 @@ def write(job: Job, parameters: Mapping[str, tuple[tuple[int, ...], str]], out: 
     with tensor_cache.Writer(out) as cache:
         for done, stored in enumerate(names):
             job.progress("weights", done, len(names))
-            for name, values in _tensors(job.checkpoint, job.recipe, stored).items():
+            for name, values in _tensors(job, stored).items():
                 shape, dtype = parameters[name]
                 if values.shape != shape:
                     raise BackendFault(f"{name} has shape {list(values.shape)}, the library wants {list(shape)}")
@@ -68,12 +66,13 @@ def _as_stored(name: str) -> str:
     return name.replace(".q_weight", ".weight").replace(".q_scale", ".weight")
 
 
-def _tensors(checkpoint: Checkpoint, recipe: Recipe, name: str) -> dict[str, NDArray[Any]]:
+def _tensors(job: Job, name: str) -> dict[str, NDArray[Any]]:
     """Parameters that one name stands for: words and scales, or the values themselves."""
-    model, sources = checkpoint.model, parts(checkpoint.model, name)
+    checkpoint, recipe, model = job.checkpoint, job.recipe, job.checkpoint.model
+    sources = parts(model, name)
     quantized = is_quantized(sources[0][0])
-    if quantized and not recipe.body.is_float:
-        packed = [packing.pack(_rows(solve(checkpoint, recipe, source), rows)) for source, rows in sources]
+    if quantized and not layout_of(model, recipe, sources[0][0]).is_float:
+        packed = [packing.pack(cast(Solution, part(job.solution(source), rows))) for source, rows in sources]
         words, scales = (np.concatenate(each) for each in zip(*packed, strict=True))
         module = name.removesuffix(".weight")
         return {f"{module}.q_weight": words, f"{module}.q_scale": scales}
@@ -86,14 +85,3 @@ def _tensors(checkpoint: Checkpoint, recipe: Recipe, name: str) -> dict[str, NDA
     if model.generation == "3.5" and name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
         values = values + np.float32(1)
     return {name: values}
-
-
-def _rows(solution: Any, rows: slice | NDArray[np.intp]) -> Solution:
-    return Solution(
-        solution.name,
-        solution.bits,
-        solution.group,
-        solution.codes[rows],
-        solution.scales[rows],
-        solution.zero_points[rows],
-    )

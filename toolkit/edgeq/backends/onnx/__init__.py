@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+from dataclasses import replace
 from pathlib import Path
 
 from edgeq.backends.base import Job, Session
 from edgeq.bundle import Bundle
 from edgeq.errors import MissingTool, UsageFault
 from edgeq.model import Model
-from edgeq.recipe import Recipe
+from edgeq.recipe import COLUMN, Recipe, plain
 from edgeq.target import Target
 
 ENGINE = ("onnxruntime",)
@@ -28,15 +29,26 @@ def scale_bits(recipe: Recipe) -> int:  # noqa: ARG001
 
 
 def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001
-    """Raise UsageFault for GGML's layouts and for caches that are not float32."""
+    """Raise UsageFault for GGML's layouts, 2 bits in groups without a kernel, and caches in float16.
+
+    ONNX Runtime 1.32 has a kernel of 2 bits for groups of 32 to 128. It unpacks groups of 16 again for each token, more
+    than 100 times as slow, and refuses a column.
+    """
     if recipe.body.is_ggml or recipe.table.is_ggml:
         raise UsageFault(
             f"{recipe}: ONNX Runtime does not know GGML's layouts", run="edgeq build ... --backend llamacpp"
         )
-    if recipe.kv_bits != 32:
+    if recipe.body.bits == 2 and recipe.body.group not in (32, 64, 128):
+        group = 128 if recipe.body.group == COLUMN else 32
+        near = replace(recipe, body=plain(2, group, symmetric=recipe.body.symmetric))
         raise UsageFault(
-            f"{recipe}: the onnx backend keeps keys and values in float32",
-            run=f"edgeq build ... --recipe {str(recipe).rpartition('-')[0]}",
+            f"{recipe}: ONNX Runtime has no fast kernel for {recipe.body.name}", run=f"edgeq build ... --recipe {near}"
+        )
+    if recipe.kv_bits == 16:
+        raise UsageFault(
+            f"{recipe}: the onnx backend keeps keys and values in float32 or in 8 bits",
+            why="ONNX Runtime's attention keeps them in the type of its activations, or in 8 bits.",
+            run=f"edgeq build ... --recipe {str(recipe).rpartition('-')[0]}-kv8, or without -kv8",
         )
 
 
@@ -58,14 +70,25 @@ def tools(target: Target) -> tuple[str, ...]:  # noqa: ARG001
 def build(job: Job, out: Path) -> None:
     """Write model.onnx, its weights and genai_config.json into `out`.
 
-    Raises BackendFault for CUDA on a machine whose installed onnxruntime has no kernels for its GPU.
+    Raises BackendFault for CUDA on a machine whose installed onnxruntime has no kernels for its GPU, UsageFault for an
+    8-bit cache on a GPU.
     """
-    from edgeq.backends.onnx import cuda, graph, weights
+    from edgeq.backends.onnx import cuda, graph, keyvalues, weights
+
+    small = job.recipe.kv_bits == keyvalues.BITS
+    if small and provider(job.target) != "cpu":
+        raise UsageFault(
+            f"{job.recipe}: the onnx backend keeps an 8-bit cache on processors only",
+            why=f"It was not tried on provider {provider(job.target)}.",
+            run=f"edgeq build ... --recipe {str(job.recipe).removesuffix('-kv8')}",
+        )
 
     if provider(job.target) == "cuda":
         with contextlib.suppress(MissingTool):  # a build host needs no GPU, but one without kernels is no device
             cuda.find()
     model = graph.skeleton(job, out)
+    if small:
+        keyvalues.store(model, job.cache or keyvalues.calibrated(job.checkpoint, None, job.progress))
     weights.write(model, job, out)
 
 

@@ -22,7 +22,8 @@ from edgeq.backends.base import Job
 from edgeq.checkpoint import Checkpoint
 
 _SIDE_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
-_LAST_TOKEN, _AS_SEQUENCE = "/lm_head/prune/Gather", "/lm_head/prune/Unsqueeze"
+POSITIONS = "logits_at"
+_GATHER, _AS_SEQUENCE = "/lm_head/prune/Gather", "/lm_head/prune/Unsqueeze"
 _FLOATS = {"cpu": "FLOAT", "webgpu": "FLOAT", "cuda": "FLOAT16"}  # CUDA has no attention in float32
 _GENAI_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_5_text": "qwen3_5_text"}
 
@@ -30,9 +31,10 @@ _GENAI_TYPES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3
 def skeleton(job: Job, out: Path) -> Any:
     """Graph (onnx_ir.Model) whose large initializers have shape but no data; writes genai_config.json into `out`.
 
-    Its logits are those of the last token: in a prompt the output layer is a quarter of Qwen3-0.6B's arithmetic, and a
-    third of Qwen3.5-0.8B's. The norms of Qwen3's queries and keys stay operators of their own: fused into attention, as
-    the builder does for GPUs, they would run on no CPU, and no build machine could check the graph.
+    Its logits are those of the last token, or of the positions that are asked for: in a prompt the output layer is a
+    quarter of Qwen3-0.6B's arithmetic, and a third of Qwen3.5-0.8B's. The norms of Qwen3's queries and keys stay
+    operators of their own: fused into attention, as the builder does for GPUs, they would run on no CPU, and no build
+    machine could check the graph.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     from transformers import AutoConfig
@@ -63,6 +65,7 @@ def skeleton(job: Job, out: Path) -> Any:
         builder.model_type = _GENAI_TYPES[checkpoint.model.model_type]
         builder.make_model(side)
         builder.make_genai_config(config, {}, str(out))
+    _choose_positions(builder.model)
     builder.model.graph.sort()
     return builder.model
 
@@ -74,15 +77,36 @@ def floats(job: Job) -> Any:
     return ir.DataType[_FLOATS[job.target.onnx.provider]]
 
 
-def all_positions(model: Any) -> Any:
-    """Undo the pruning of a graph in place: logits of every token instead of the last alone."""
+def _choose_positions(model: Any) -> None:
+    """Make the positions of the logits an input that may be left out: int64 [kept], the last position by default.
+
+    That is an initializer which is an input too (ONNX IR specification, "Graphs"). The logits stay declared as those of
+    one position, from which genai knows that it need not ask for more.
+    """
     import onnx_ir as ir
 
     nodes = {node.name: node for node in model.graph}
-    gather, unsqueeze = nodes[_LAST_TOKEN], nodes[_AS_SEQUENCE]
+    gather, unsqueeze = nodes[_GATHER], nodes[_AS_SEQUENCE]
+    last = ir.tensor([-1], name=POSITIONS)
+    kind, shape = ir.TensorType(last.dtype), ir.Shape(["kept_positions"])
+    positions = ir.Value(name=POSITIONS, type=kind, shape=shape, const_value=last)
+    model.graph.register_initializer(positions)
+    model.graph.inputs.append(positions)
+    gather.replace_input_with(1, positions)
+    gather.outputs[0].shape = ir.Shape([gather.inputs[0].shape[0], shape[0], gather.inputs[0].shape[2]])
+    unsqueeze.outputs[0].replace_all_uses_with(gather.outputs[0])
+    model.graph.remove(unsqueeze, safe=True)
+
+
+def all_positions(model: Any) -> Any:
+    """Undo the pruning of a graph in place: logits of every token, without a choice."""
+    import onnx_ir as ir
+
+    gather = next(node for node in model.graph if node.name == _GATHER)
     hidden, logits = gather.inputs[0], model.graph.outputs[0]
-    unsqueeze.outputs[0].replace_all_uses_with(hidden)
-    model.graph.remove([unsqueeze, gather], safe=True)
+    gather.outputs[0].replace_all_uses_with(hidden)
+    model.graph.remove(gather, safe=True)
+    model.graph.inputs.remove(model.graph.initializers.pop(POSITIONS))
     logits.shape = ir.Shape([*hidden.shape[:2], logits.shape[2]])
     return model
 

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.backends.base import DRAFT
 from edgeq.backends.onnx import cuda, device, webgpu
+from edgeq.backends.onnx.graph import POSITIONS
+from edgeq.backends.onnx.states import Recurrent
 from edgeq.backends.onnx.weights import MODEL, SCORER
 from edgeq.bundle import Bundle
 from edgeq.errors import BackendFault, MissingTool, UsageFault
@@ -22,7 +25,7 @@ from edgeq.profiles import Placement
 PROMPT_CHUNK = 512
 SCORE_CHUNK = 128
 _FIND = {"cpu": device.cpu, "webgpu": webgpu.find, "cuda": cuda.find}
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 _LAYER = re.compile(r"/model/layers\.(\d+)/|/lm_head/")
 
 
@@ -34,6 +37,8 @@ class OnnxSession:
     spin while they wait: beside any other work, spinning halves the decode speed.
     Where the bundle's accelerator is absent the CPU runs the same graph: `placement` says what runs where, `fallback`
     why the accelerator does not (empty when it does).
+    Tokens are taken back by overwriting their keys and values. Recurrent states cannot go back: a step whose tokens may
+    be taken back keeps the old ones, and what stays of its tokens runs again in the next.
     Raises BackendFault when ONNX Runtime refuses the model, UsageFault when tokens exceed the bundle's context.
     """
 
@@ -72,6 +77,46 @@ class OnnxSession:
         self._reset(len(ids))
         return np.concatenate([self._step(chunk) for chunk in self._chunks(ids, SCORE_CHUNK)])
 
+    @property
+    def one_way(self) -> str | None:
+        """Bundles of older versions give no logits before the last."""
+        if any(entry.name == POSITIONS for entry in self._engine.get_overridable_initializers()):
+            return None
+        return "the bundle's graph gives the last token's logits alone: build it again"
+
+    def drafter(self) -> None:
+        """The model brings none here."""
+
+    def begin(self, tokens: int) -> None:
+        """Forget everything, and have room for `tokens` tokens."""
+        self._load(MODEL)
+        self._reset(tokens)
+        self._again: list[int] = []
+
+    def advance(self, ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+        """Logits [keep, vocabulary] after the last of some tokens."""
+        if len(self._again) > DRAFT:
+            self._recurrent.overwrite()
+            self._step(self._again)
+            self._again = []
+        ids, self._again = [*self._again, *ids], []
+        if keep > 1 and self._recurrent:
+            self._recurrent.keep()
+            self._last = ids
+        else:
+            self._recurrent.overwrite()
+        for chunk in self._chunks(ids, PROMPT_CHUNK):
+            logits = self._step(chunk, keep)
+        return logits
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens."""
+        self._length -= count
+        if count and self._recurrent:
+            self._recurrent.back()
+            self._again = self._last[:-count]
+            self._length -= len(self._again)
+
     def close(self) -> None:
         """Release the engine and its buffers."""
         self._binding: Any = None
@@ -93,9 +138,9 @@ class OnnxSession:
         path = str(self._folder / graph)
         if self._device.provider != "cpu":
             try:
-                options = _options()
-                options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-                self._engine = self._device.open(path, options)
+                chosen = options()
+                chosen.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+                self._engine = self._device.open(path, chosen)
             except Exception as error:
                 self._fall_back(f"{self._device.name} cannot be used\n{_reason(error)}")
         if self._engine is None:
@@ -134,6 +179,8 @@ class OnnxSession:
         sizes = {"batch_size": 1, "past_sequence_length": capacity, "kv_cache_dim": self._model.head_dim}
         self._length = 0
         self._binding = self._engine.io_binding()
+        self._recurrent = Recurrent(self._binding, self._device.memory)
+        self._kept = 1
         for name, entry in self._inputs.items():
             if name.startswith("past"):
                 zeros = np.zeros([sizes.get(size, size) for size in entry.shape], _TYPES[entry.type])
@@ -142,15 +189,19 @@ class OnnxSession:
                 self._binding.bind_ortvalue_output(
                     name.replace("past_key_values", "present").replace("past", "present"), state
                 )
+                if name.startswith("past."):
+                    self._recurrent.add(name, state)
 
-    def _step(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Run some tokens after those already seen; logits [1 or len(ids), vocabulary]."""
+    def _step(self, ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
+        """Run some tokens after those already seen; logits [keep, vocabulary], of the scorer [len(ids), vocabulary]."""
         binding, total = self._binding, self._length + len(ids)
         binding.bind_cpu_input("input_ids", np.array([ids], np.int64))
         binding.bind_cpu_input("attention_mask", np.ones((1, total), np.int64))
         if "position_ids" in self._inputs:
             positions = np.arange(self._length, total, dtype=np.int64)
             binding.bind_cpu_input("position_ids", np.broadcast_to(positions, (3, 1, len(ids))).copy())
+        if keep != self._kept:
+            self._keep(keep)
         binding.bind_output("logits", "cpu")
         try:
             self._engine.run_with_iobinding(binding)
@@ -159,16 +210,25 @@ class OnnxSession:
         self._length = total
         return np.asarray(binding.get_outputs()[-1].numpy()[0], np.float32)
 
+    def _keep(self, keep: int) -> None:
+        """Ask for the logits of the last `keep` tokens of each step."""
+        import onnxruntime as ort
 
-def _options() -> Any:
+        positions = ort.OrtValue.ortvalue_from_numpy(np.arange(-keep, 0, dtype=np.int64))
+        self._binding.bind_ortvalue_input(POSITIONS, positions)
+        self._kept = keep
+
+
+def options() -> Any:
+    """SessionOptions for arithmetic on this machine's processor."""
     import onnxruntime as ort
 
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = physical_cores()
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    return options
+    found = ort.SessionOptions()
+    found.intra_op_num_threads = physical_cores()
+    found.inter_op_num_threads = 1
+    found.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    found.log_severity_level = 3
+    return found
 
 
 def _open_on_cpu(path: str) -> Any:
@@ -177,7 +237,7 @@ def _open_on_cpu(path: str) -> Any:
     except ImportError as error:
         raise MissingTool("onnxruntime cannot be imported", why=str(error), run="pip install edgeq") from error
     try:
-        return device.cpu().open(path, _options())
+        return device.cpu().open(path, options())
     except Exception as error:
         raise BackendFault(f"{path}: ONNX Runtime {ort.__version__} cannot load it", why=str(error)) from error
 

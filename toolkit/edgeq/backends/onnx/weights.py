@@ -20,8 +20,8 @@ from edgeq.backends.base import Job
 from edgeq.backends.onnx.graph import all_positions, floats
 from edgeq.model import Model
 from edgeq.quantize.solution import Solution
-from edgeq.quantize.solve import PIECE, as_float, solve
-from edgeq.size import TABLES, is_quantized
+from edgeq.quantize.solve import PIECE, as_float
+from edgeq.size import TABLES, is_quantized, layout_of
 
 MODEL = "model.onnx"
 SCORER = "scorer.onnx"
@@ -54,10 +54,17 @@ def sources(initializer: str, model: Model) -> tuple[str, ...]:
 
 
 def pack(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Codes [outputs, inputs] as bytes [outputs, inputs * bits / 8], the earlier input in the lower bits."""
-    if bits == 8:
+    """Codes [outputs, inputs] of 2, 4 or 8 bits as bytes [outputs, inputs * bits / 8], earlier inputs in lower bits.
+
+    The last byte of a row is filled with zeros.
+    """
+    each = 8 // bits
+    if each == 1:
         return codes
-    packed: NDArray[np.uint8] = codes[:, 0::2] | np.left_shift(codes[:, 1::2], 4, dtype=np.uint8)
+    codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % each)))
+    packed = codes[:, ::each].copy()
+    for place in range(1, each):
+        packed |= codes[:, place::each] << np.uint8(place * bits)
     return packed
 
 
@@ -74,7 +81,7 @@ def write(model: Any, job: Job, out: Path) -> None:
         for done, (name, tensors) in enumerate(large.items()):
             job.progress("quantize", done, len(large))
             users = [usage.node for usage in model.graph.initializers.pop(name).uses()]
-            if job.recipe.body.is_float:
+            if layout_of(job.checkpoint.model, job.recipe, tensors[0]).is_float:
                 _cast(data, job, tensors, users)
             else:
                 _quantize(data, job, tensors, users)
@@ -87,13 +94,15 @@ def write(model: Any, job: Job, out: Path) -> None:
 
 def _quantize(data: _DataFile, job: Job, tensors: Sequence[str], users: Iterable[Any]) -> None:
     """Turn MatMul into MatMulNBits and Gather into GatherBlockQuantized, both over the same bytes."""
-    parts = [cast(Solution, solve(job.checkpoint, job.recipe, name)) for name in tensors]
-    bits, group = parts[0].bits, parts[0].group
+    layout = layout_of(job.checkpoint.model, job.recipe, tensors[0])
+    bits, group = layout.bits, layout.run
+    solutions = (cast(Solution, job.solution(name)) for name in tensors)
+    parts = [solution.in_groups(group) for solution in solutions]
     level = _ACCURACY_LEVELS.get(job.target.onnx.provider, 0)
     name = tensors[0] if len(parts) == 1 else tensors[0].replace("q_proj", "qkv_proj")
     codes = data.append([pack(part.codes, bits) for part in parts])
     scales = data.append([part.scales.astype(floats(job).numpy()) for part in parts])
-    zeros = None if all(part.symmetric for part in parts) else data.append([_packed_zeros(part) for part in parts])
+    zeros = None if layout.symmetric else data.append([pack(part.zero_points, bits) for part in parts])
     rows, groups = scales.shape
     for node in users:
         if node.op_type == "MatMul":
@@ -144,12 +153,6 @@ def _pieces(job: Job, name: str) -> Iterator[NDArray[np.float32]]:
     step = max(1, PIECE // inputs)
     for start in range(0, outputs, step):
         yield job.checkpoint.rows(name, start, min(start + step, outputs))
-
-
-def _packed_zeros(part: Solution) -> NDArray[np.uint8]:
-    """Zero points [outputs, groups] packed like codes, an odd last one padded."""
-    odd = part.zero_points.shape[1] % 2 if part.bits == 4 else 0
-    return pack(np.pad(part.zero_points, ((0, 0), (0, odd))), part.bits)
 
 
 def _gather_behind(node: Any) -> Any:

@@ -1,0 +1,79 @@
+"""Solutions in a folder, one file each, so that a walk that was stopped goes on and engines read what it found."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq.checkpoint import Checkpoint
+from edgeq.quantize import ggml
+from edgeq.quantize.solution import BlockSolution, Solution
+from edgeq.quantize.solve import as_float, part, solve
+from edgeq.recipe import Recipe
+from edgeq.size import layout_of
+
+Rows = Callable[[slice | NDArray[np.intp]], NDArray[np.float32]]
+
+
+class Solutions:
+    """Quantized matrices by name: read where they were kept, else solved by the recipe's method without calibration."""
+
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, folder: Path | None = None) -> None:
+        self._checkpoint, self._recipe, self._folder = checkpoint, recipe, folder
+
+    def __call__(self, name: str) -> Solution | BlockSolution:
+        """Solution of one matrix; what solving raises."""
+        path = self._path(name)
+        if path is None or not path.is_file():
+            return solve(self._checkpoint, self._recipe, name)
+        layout = layout_of(self._checkpoint.model, self._recipe, name)
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+            if layout.is_ggml:
+                return ggml.unpack(arrays["blocks"], layout, name)
+            codes = _unpacked(arrays["codes"], layout.bits)
+            return Solution(
+                name, layout.bits, layout.group, codes, arrays["scales"].astype(np.float32), arrays["zero_points"]
+            )
+
+    def values(self, name: str) -> NDArray[np.float32]:
+        """What the recipe makes of one matrix, float32 [outputs, inputs]."""
+        return self.rows(name)(slice(None))
+
+    def rows(self, name: str) -> Rows:
+        """Function from a slice, or from row numbers, to these rows of what the recipe makes of a matrix."""
+        if layout_of(self._checkpoint.model, self._recipe, name).is_float:
+            stored = as_float(self._checkpoint, self._recipe, name, self._checkpoint.tensor(name))
+            return lambda which: stored[which].astype(np.float32)
+        solution = self(name)
+        return lambda which: part(solution, which).dequantize()
+
+    def keep(self, solution: Solution | BlockSolution) -> None:
+        """Write one solution into the folder, in one step."""
+        path = self._path(solution.name)
+        assert path is not None
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        with partial.open("wb") as stream:
+            if isinstance(solution, BlockSolution):
+                np.savez(stream, blocks=ggml.pack(solution))
+            else:
+                codes, scales = _packed(solution.codes, solution.bits), solution.scales.astype(np.float16)
+                np.savez(stream, codes=codes, scales=scales, zero_points=solution.zero_points)
+        partial.replace(path)
+
+    def _path(self, name: str) -> Path | None:
+        return None if self._folder is None else self._folder / f"{name}.npz"
+
+
+def _packed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    """Two codes to a byte where they fit."""
+    return codes if bits > 4 else codes[:, ::2] | codes[:, 1::2] << np.uint8(4)
+
+
+def _unpacked(stored: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    if bits > 4:
+        return stored
+    return np.stack([stored & 15, stored >> 4], axis=2).reshape(len(stored), -1)
