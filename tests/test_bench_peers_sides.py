@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints import Build
+from edgeq import calibration, data, sources
 from edgeq.checkpoint import Checkpoint
 from peers import arithmetic, bandwidth, base, build, child, figures, loss, ours, serving, shown, speed, texts
 from peers.base import Side, Unavailable
 from peers.everyone import PEERS
+from peers.llamacpp import reorder
 from peers.loss import Loss
 from peers.served import Served
 from peers.speed import Speed
@@ -209,16 +211,20 @@ def test_an_environment_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch
     assert not list((tmp_path / "edgeq").glob("peer-odd-*"))
 
 
-def test_calibration_text_holds_nothing_of_the_held_out_text() -> None:
-    import demo_grammar
-    from edgeq import data
-
-    calibration = set(texts.calibration().splitlines())
-    held_out = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")
-    drills = {line for line in held_out.splitlines() if line.startswith(("Sort ", "Reverse ", "Copy ", "Close "))}
+def test_calibration_text_holds_no_drill_of_the_held_out_text() -> None:
+    known = set(texts.CALIBRATION.read_text(encoding="utf-8").splitlines())
+    drills = {
+        line for line in data.held_out().splitlines() if line.startswith(("Sort ", "Reverse ", "Copy ", "Close "))
+    }
     assert len(drills) > 50
-    assert not drills & calibration
-    assert demo_grammar.HELD_OUT_SHARE > 1
+    assert not drills & known
+
+
+def test_edgeq_and_its_peers_calibrate_with_the_same_windows(tmp_path: Path) -> None:
+    made = Checkpoint.open(sources.find("demo-qwen3", offline=True).folder)
+    copy = loss._plain(reorder.write(made, 1, tmp_path / "copy"))
+    found = calibration.read(copy, str(texts.CALIBRATION), False, calibration.LENGTH, lambda *_: None)
+    np.testing.assert_array_equal(found.windows, texts.calibration_windows(made))
 
 
 def test_sampled_windows_are_the_model_s_own_and_the_same_each_time(

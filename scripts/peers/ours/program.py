@@ -1,6 +1,6 @@
 """edgeq's bundle, made and run: program.py make CHECKPOINT CALIBRATION OUT RECIPE BACKEND.
 
-The calibration windows are not used: edgeq calibrates with its bundled text, which the windows are of.
+The calibration windows are not used: edgeq is given the text that they are of, and cuts it likewise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from edgeq.backends.llamacpp.gguf import MODEL as GGUF
 from edgeq.backends.onnx.weights import MODEL as ONNX
 from edgeq.bundle import Bundle
 from edgeq.model import read_config
-from peers import arithmetic, serving
+from edgeq.recipe import parse
+from peers import arithmetic, serving, texts
 
 BUNDLE = "bundle"
 ANY_LOSS = "1000"
@@ -29,6 +30,8 @@ def make(checkpoint: Path, _: Path, out: Path, recipe: str, backend: str) -> Non
     """Write a bundle, whatever it loses: what it loses is the question."""
     words = ["build", str(checkpoint), "--target", "host", "--recipe", recipe, "--backend", backend]
     words += ["--output", str(out / BUNDLE), "--max-loss", ANY_LOSS]
+    if parse(recipe).calibrated:
+        words += ["--calibration", str(texts.CALIBRATION)]
     subprocess.run([sys.executable, "-m", "edgeq.cli", *words], check=True)
 
 
