@@ -186,6 +186,12 @@ def test_a_side_that_fails_says_so_in_its_last_words(tmp_path: Path) -> None:
         served.logits(tmp_path / "windows.npy", tmp_path)
 
 
+def test_the_reason_is_the_error_and_not_the_progress_bar_after_it() -> None:
+    assert base.reason("Traceback\nRuntimeError: no mask\n 75% |###  | 3/4\n") == "RuntimeError: no mask"
+    assert base.reason("a warning\nlast words\n") == "last words"
+    assert base.reason("") == "it gave no reason"
+
+
 def test_every_peer_has_what_the_comparison_asks_for() -> None:
     for peer in PEERS.values():
         assert set(peer.HOWS) <= {serving.AS_RUN, serving.WEIGHTS_ONLY}
