@@ -14,10 +14,12 @@ from rich.console import Console
 from rich.table import Table
 
 from checkpoints import Build
+from edgeq import calibration, data, sources
 from edgeq.checkpoint import Checkpoint
-from peers import arithmetic, bandwidth, base, figures, loss, ours, serving, shown, speed, texts
+from peers import arithmetic, bandwidth, base, build, child, figures, loss, ours, serving, shown, speed, texts
 from peers.base import Side, Unavailable
 from peers.everyone import PEERS
+from peers.llamacpp import reorder
 from peers.loss import Loss
 from peers.served import Served
 from peers.speed import Speed
@@ -35,6 +37,8 @@ class Engine:
             raise SystemExit("no such arithmetic")
         return np.eye(4, dtype=np.float32)[ids]
     def moments(self, ids, tokens):
+        if self.words[0] == "short" and tokens > 2:
+            raise SystemExit("no more tokens")
         return serving.moments(iter(range(tokens)))
 def make(checkpoint, calibration, out, *words):
     if "broken" in words:
@@ -182,6 +186,12 @@ def test_a_side_that_fails_says_so_in_its_last_words(tmp_path: Path) -> None:
         served.logits(tmp_path / "windows.npy", tmp_path)
 
 
+def test_the_reason_is_the_error_and_not_the_progress_bar_after_it() -> None:
+    assert base.reason("Traceback\nRuntimeError: no mask\n 75% |###  | 3/4\n") == "RuntimeError: no mask"
+    assert base.reason("a warning\nlast words\n") == "last words"
+    assert base.reason("") == "it gave no reason"
+
+
 def test_every_peer_has_what_the_comparison_asks_for() -> None:
     for peer in PEERS.values():
         assert set(peer.HOWS) <= {serving.AS_RUN, serving.WEIGHTS_ONLY}
@@ -207,16 +217,20 @@ def test_an_environment_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch
     assert not list((tmp_path / "edgeq").glob("peer-odd-*"))
 
 
-def test_calibration_text_holds_nothing_of_the_held_out_text() -> None:
-    import demo_grammar
-    from edgeq import data
-
-    calibration = set(texts.calibration().splitlines())
-    held_out = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")
-    drills = {line for line in held_out.splitlines() if line.startswith(("Sort ", "Reverse ", "Copy ", "Close "))}
+def test_calibration_text_holds_no_drill_of_the_held_out_text() -> None:
+    known = set(texts.CALIBRATION.read_text(encoding="utf-8").splitlines())
+    drills = {
+        line for line in data.held_out().splitlines() if line.startswith(("Sort ", "Reverse ", "Copy ", "Close "))
+    }
     assert len(drills) > 50
-    assert not drills & calibration
-    assert demo_grammar.HELD_OUT_SHARE > 1
+    assert not drills & known
+
+
+def test_edgeq_and_its_peers_calibrate_with_the_same_windows(tmp_path: Path) -> None:
+    made = Checkpoint.open(sources.find("demo-qwen3", offline=True).folder)
+    copy = loss._plain(reorder.write(made, 1, tmp_path / "copy"))
+    found = calibration.read(copy, str(texts.CALIBRATION), False, calibration.LENGTH, lambda *_: None)
+    np.testing.assert_array_equal(found.windows, texts.calibration_windows(made))
 
 
 def test_sampled_windows_are_the_model_s_own_and_the_same_each_time(
@@ -280,3 +294,24 @@ def test_graphs_are_weighed_without_caches_and_made_to_multiply_floats(tmp_path:
 def test_the_bandwidth_is_one_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bandwidth, "_BYTES", 1 << 20)
     assert bandwidth.measure(1) > 0
+
+
+def test_costs_that_neither_side_has_are_left_out() -> None:
+    pairs = [build.Build(child.Cost(wall, 1.0, 5, 4, 0.1), 10, 0) for wall in (1.0, 3.0)]
+    rows = list(build.compare("build", pairs[:1], pairs[1:], build.BUILDER))
+    assert "disk beside it" not in [row.what for row in rows]
+    assert [figures.verdict(row) for row in rows if row.goal] == ["met", "met"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_side_that_dies_between_rounds_is_named_and_the_others_go_on(tmp_path: Path, tiny: Build) -> None:
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir()
+    sides = [
+        Side(Small(folder), folder.name, words) for folder, words in zip(folders, (("a",), ("short",)), strict=True)
+    ]
+    found = {each.side: each for each in speed.measure(sides, Checkpoint.open(tiny("3")), "m", tmp_path, 2)}
+    assert len(found["small one"].decode) == 2
+    assert found["small two"].reason == "exit code 1: no more tokens"
+    assert not found["small two"].decode

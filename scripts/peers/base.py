@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,12 @@ _VERSIONS = "import sys, json, importlib.metadata as m; print(json.dumps({n: m.v
 
 class Unavailable(Exception):
     """A side that cannot be had here, with the reason: its figures are null."""
+
+
+def reason(said: str) -> str:
+    """Why a program failed: the last line that names an error, else its last one; progress bars come after both."""
+    errors = [line for line in said.splitlines() if re.match(r"[\w.]*(Error|Exception|Fault|Tool)\b", line)]
+    return errors[-1] if errors else proofs.last_line(said)
 
 
 class Peer(Protocol):
@@ -70,7 +77,7 @@ class Side(NamedTuple):
             self.making(checkpoint, calibration, out), env=self.environment(), capture_output=True, text=True
         )
         if made.returncode:
-            raise Unavailable(proofs.last_line(made.stderr))
+            raise Unavailable(reason(made.stderr))
 
     def making(self, checkpoint: Path, calibration: Path, out: Path) -> list[str]:
         """Command that writes an artifact."""
@@ -118,6 +125,6 @@ def virtual_environment(name: str, requirements: Path, probe: str) -> Path:
             ):
                 made = subprocess.run(command, capture_output=True, text=True, cwd=elsewhere)
                 if made.returncode:
-                    raise Unavailable(f"{name}'s environment: {proofs.last_line(made.stderr)}")
+                    raise Unavailable(f"{name}'s environment: {reason(made.stderr)}")
 
     return proofs.once(folder, make) / "bin" / "python"

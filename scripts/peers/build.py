@@ -84,15 +84,9 @@ def compare(part: str, edgeq: Sequence[Build], peer: Sequence[Build], wall: Goal
         ("disk beside it", "B", None, lambda build: build.temporary_bytes),
     ]
     for what, unit, goal, figure in figures:
-        yield Row(
-            part=part,
-            what=what,
-            unit=unit,
-            edgeq=tuple(map(figure, edgeq)),
-            peer=tuple(map(figure, peer)),
-            goal=goal,
-            load=load,
-        )
+        ours, theirs = tuple(map(figure, edgeq)), tuple(map(figure, peer))
+        if any(ours + theirs):
+            yield Row(part=part, what=what, unit=unit, edgeq=ours, peer=theirs, goal=goal, load=load)
 
 
 def _undisturbed(build: Step, checkpoint: Checkpoint, out: Path) -> Build:

@@ -60,10 +60,16 @@ def measure(sides: Sequence[Side], models: Iterable[str], folder: Path, orders: 
                 np.save(scratch / f"{text}.npy", tokens)
                 known[text] = texts.reference(checkpoint, tokens)
             np.save(scratch / "calibration.npy", texts.calibration_windows(checkpoint))
-            shuffled = [reorder.write(checkpoint, seed, scratch / f"order-{seed}") for seed in range(orders)]
+            shuffled = [_plain(reorder.write(checkpoint, seed, scratch / f"order-{seed}")) for seed in range(orders)]
             for side in sides:
                 print(f"bench_peers: {model}, {side}: loss", file=sys.stderr)
                 yield from _side(side, model, shuffled, known, scratch)
+
+
+def _plain(checkpoint: Checkpoint) -> Checkpoint:
+    """Checkpoint without its chat template, which edgeq would put the calibration text of a folder into."""
+    (checkpoint.folder / "chat_template.jinja").unlink(missing_ok=True)
+    return checkpoint
 
 
 def _side(

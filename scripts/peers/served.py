@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgeq.profiles import Phase
 from edgeq.profiling import memory
-from peers.base import Unavailable
+from peers.base import Unavailable, reason
 
 
 class Served:
@@ -81,5 +81,5 @@ class Served:
     def _failed(self) -> Unavailable:
         code = self._process.wait()
         self._log.seek(0)
-        said = self._log.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        return Unavailable(f"exit code {code}: {said[-1]}")
+        said = self._log.read().decode(errors="replace")
+        return Unavailable(f"exit code {code}: {reason(said)}")

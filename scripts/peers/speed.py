@@ -78,9 +78,15 @@ def measure(sides: Sequence[Side], checkpoint: Checkpoint, model: str, folder: P
             print(f"bench_peers: {model}, round {turn + 1} of {rounds}", file=sys.stderr)
             load.append(os.getloadavg()[0])
             limit = max(limit, bandwidth.measure(physical_cores()))
-            for side in order:
-                samples[side].append(speeds(served[side].moments(prompt, 1), served[side].moments(short, TOKENS + 1)))
-            order = [*order[1:], order[0]]
+            for side in tuple(order):
+                child = served[side]
+                try:
+                    samples[side].append(speeds(child.moments(prompt, 1), child.moments(short, TOKENS + 1)))
+                except Unavailable as missing:
+                    order.remove(side)
+                    del served[side]
+                    yield Speed(model=model, side=str(side), words=side.words, reason=str(missing))
+            order = [*order[1:], *order[:1]]
         for side, child in served.items():
             prefill, decode = zip(*samples[side], strict=True)
             yield Speed(

@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-import demo_grammar
 import proofs
-from edgeq import data, transformer
+from edgeq import calibration, data, transformer
 from edgeq.checkpoint import Checkpoint
 
-CALIBRATION_WINDOWS, CALIBRATION_LENGTH = 32, 512
+CALIBRATION = data.folder("demo") / "calibration.txt"
+"""What every side calibrates with; the grammar keeps the instances of the held-out text out of it."""
 LENGTH = 256
 HELD_OUT, SAMPLED, FOREIGN = "held-out", "sampled", "foreign"
 TEXTS = (HELD_OUT, SAMPLED, FOREIGN)
-_SEED = 31
-_CALIBRATION_BYTES = 120_000
-
-
-def calibration() -> str:
-    """Text that every side may calibrate with: edgeq's bundled one, or text of the training kind where there is none.
-
-    No instance of the held-out text is in it: the grammar keeps them apart.
-    """
-    bundled = data.folder("demo") / "calibration.txt"
-    if bundled.is_file():
-        return bundled.read_text(encoding="utf-8")
-    pieces: Iterator[str] = demo_grammar.training_stream(_SEED, thinking=True)
-    text = ""
-    while len(text) < _CALIBRATION_BYTES:
-        text += "\n\n".join(itertools.islice(pieces, 50)) + "\n\n"
-    return text
 
 
 def calibration_windows(checkpoint: Checkpoint) -> NDArray[np.int32]:
-    """At most 32 windows of 512 tokens of it, int32 [windows, length]."""
-    return _windows(checkpoint, calibration(), CALIBRATION_WINDOWS, CALIBRATION_LENGTH)
+    """The windows, int32 [count, length], that edgeq itself fits a demo checkpoint to."""
+    return calibration.read(checkpoint, calibration.BUNDLED, True, calibration.LENGTH, lambda *_: None).windows
 
 
 def windows(checkpoint: Checkpoint, text: str, count: int) -> NDArray[np.int32]:

@@ -7,7 +7,7 @@ activations, and a table that serves as the output layer too are its defaults.
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from peers import arithmetic, serving
 
+BUILDER = "onnxruntime_genai.models.builder"
 MODEL, CONFIG = "model.onnx", "genai_config.json"
 QWEN3_5 = "Qwen3_5ForConditionalGeneration"
 CONTEXT = 1024
@@ -31,7 +32,7 @@ def make(checkpoint: Path, _: Path, out: Path, *options: str) -> None:
     Of Qwen3.5 the builder knows the checkpoint with a vision tower alone, by its name, and on a CPU no extra prediction
     layer.
     """
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu", "-o", str(out)]
+    command = ["builder", "-p", "int4", "-e", "cpu", "-o", str(out)]
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         source = Path(scratch, "checkpoint")
         source.mkdir()
@@ -44,7 +45,8 @@ def make(checkpoint: Path, _: Path, out: Path, *options: str) -> None:
             (source / "config.json").write_text(json.dumps(config | {"architectures": [QWEN3_5]}))
             extra.append("exclude_mtp=true")
         cache = ["-c", str(Path(scratch, "cache"))]
-        subprocess.run([*command, *cache, "-i", str(source), "--extra_options", *extra], check=True)
+        sys.argv = [*command, *cache, "-i", str(source), "--extra_options", *extra]
+        runpy.run_module(BUILDER, run_name="__main__")  # in this process, whose memory is watched
 
 
 class Engine:

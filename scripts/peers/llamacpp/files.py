@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, cast
 
 import gguf
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.backends.llamacpp.gguf import MODEL as MODEL
+from edgeq.bundle import Bundle
 
 
 class Matrix(NamedTuple):
@@ -35,6 +37,11 @@ class Plain(NamedTuple):
     nearer: int
     first_error: float
     second_error: float
+
+
+def described(config: Mapping[str, Any], context: int, recipe: str = "w16") -> Bundle:
+    """As much of a bundle as edgeq's session asks for, of a file that is in none."""
+    return cast(Bundle, SimpleNamespace(context=context, config=config, recipe=recipe, provider="cpu", target="host"))
 
 
 @contextmanager

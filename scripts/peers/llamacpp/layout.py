@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 import msgspec
 import numpy as np
@@ -14,7 +12,6 @@ import numpy as np
 from edgeq import accuracy, data, sources
 from edgeq.accuracy import Losses, Reference
 from edgeq.backends.llamacpp import session
-from edgeq.bundle import Bundle
 from edgeq.checkpoint import Checkpoint
 from edgeq.machine import physical_cores
 from edgeq.walk import run as walk
@@ -84,8 +81,7 @@ def block_rows(part: str, checkpoint: Checkpoint, scratch: Path) -> Iterator[Row
 def losses(checkpoint: Checkpoint, known: Reference, file: Path) -> list[Losses]:
     """What a file loses on each window of the reference, through edgeq's session."""
     config, context = checkpoint.model.config(), known.windows.shape[1]
-    described = SimpleNamespace(context=context, config=config, recipe="w16", provider="cpu")
-    loaded = session.LlamaSession(file.parent, cast(Bundle, described))
+    loaded = session.LlamaSession(file.parent, files.described(config, context))
     try:
         return [
             accuracy.compare(known, index, loaded.logits(window.tolist())) for index, window in enumerate(known.windows)

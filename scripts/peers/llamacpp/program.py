@@ -11,8 +11,7 @@ import ctypes
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,11 +19,11 @@ from numpy.typing import NDArray
 from edgeq.backends.llamacpp import tensors
 from edgeq.backends.llamacpp.gguf import MODEL
 from edgeq.backends.llamacpp.session import LlamaSession, _listen
-from edgeq.bundle import Bundle
 from edgeq.checkpoint import Checkpoint
 from edgeq.machine import physical_cores
 from edgeq.size import TABLES
 from peers import arithmetic, serving
+from peers.llamacpp import files
 
 CONFIG = "config.json"
 CONTEXT = 1024
@@ -111,8 +110,7 @@ class Engine:
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits after each token of a text on its own, through edgeq's session."""
         if self._session is None:
-            described = SimpleNamespace(context=CONTEXT, config=self._config, recipe="w16", provider="cpu")
-            self._session = LlamaSession(self._folder, cast(Bundle, described))
+            self._session = LlamaSession(self._folder, files.described(self._config, CONTEXT))
         return self._session.logits(ids)
 
     def moments(self, ids: Sequence[int], tokens: int) -> list[float]:

@@ -7,11 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import cast
 
 from edgeq.backends.llamacpp.session import LlamaSession
-from edgeq.bundle import Bundle
 from edgeq.checkpoint import Checkpoint
 from peers.figures import Goal, Row
 from peers.llamacpp import files
@@ -31,8 +28,7 @@ def rows(checkpoint: Checkpoint, name: str, folder: Path, rounds: int, goal: Goa
     """
     with files.scratch(folder) as scratch:
         write(checkpoint, RECIPE, scratch)
-        described = SimpleNamespace(context=CONTEXT, config=checkpoint.model.config(), recipe=RECIPE, provider="cpu")
-        session = LlamaSession(scratch, cast(Bundle, described))
+        session = LlamaSession(scratch, files.described(checkpoint.model.config(), CONTEXT, RECIPE))
         try:
             yield from compare(session, name, rounds, goal)
         finally:

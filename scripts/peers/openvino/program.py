@@ -1,9 +1,9 @@
 """OpenVINO's artifact, made and run: program.py make CHECKPOINT CALIBRATION OUT FLOAT MODE [GROUP] [ALGORITHM...].
 
 Exported without weight compression in FLOAT (float32 or float16), then compressed by `nncf.compress_weights` with the
-arguments that optimum-intel gives it for `--weight-format int4 --ratio 1.0 --group-size GROUP`: every layer but the
-table has 4 bits. ALGORITHM is awq, scale_estimation or gptq. Logits come from the plain runtime, which gives all of a
-prompt's; speed is that of the GenAI pipeline.
+arguments that optimum-intel gives it for `--weight-format int4 --ratio 1.0 --group-size GROUP --group-size-fallback
+ignore`: every layer but the table has 4 bits. ALGORITHM is awq, scale_estimation or gptq. Logits come from the plain
+runtime, which gives all of a prompt's; speed is that of the GenAI pipeline.
 """
 
 from __future__ import annotations
@@ -44,6 +44,9 @@ def make(checkpoint: Path, calibration: Path, out: Path, kind: str, mode: str, *
         if words:
             group, *algorithms = words
             arguments |= {"ratio": 1.0, "group_size": int(group), **dict.fromkeys(algorithms, True)}
+            arguments["advanced_parameters"] = nncf.AdvancedCompressionParameters(
+                group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE  # Qwen3.5's rotary product is no layer
+            )
             if algorithms:
                 windows: list[NDArray[np.int32]] = list(np.load(calibration))
                 arguments["dataset"] = nncf.Dataset(windows, lambda window: inputs(model, window.tolist()))

@@ -1,6 +1,6 @@
 """edgeq's bundle, made and run: program.py make CHECKPOINT CALIBRATION OUT RECIPE BACKEND.
 
-The calibration windows are not used: edgeq calibrates with its bundled text, which the windows are of.
+The calibration windows are not used: edgeq is given the text that they are of, and cuts it likewise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from edgeq import backends, bundle
 from edgeq.backends.base import Session
 from edgeq.backends.llamacpp.gguf import MODEL as GGUF
 from edgeq.backends.onnx.weights import MODEL as ONNX
-from peers import arithmetic, serving
+from edgeq.bundle import Bundle
+from edgeq.model import read_config
+from edgeq.recipe import parse
+from peers import arithmetic, serving, texts
 
 BUNDLE = "bundle"
 ANY_LOSS = "1000"
@@ -27,6 +30,8 @@ def make(checkpoint: Path, _: Path, out: Path, recipe: str, backend: str) -> Non
     """Write a bundle, whatever it loses: what it loses is the question."""
     words = ["build", str(checkpoint), "--target", "host", "--recipe", recipe, "--backend", backend]
     words += ["--output", str(out / BUNDLE), "--max-loss", ANY_LOSS]
+    if parse(recipe).calibrated:
+        words += ["--calibration", str(texts.CALIBRATION)]
     subprocess.run([sys.executable, "-m", "edgeq.cli", *words], check=True)
 
 
@@ -36,10 +41,7 @@ class Engine:
     def __init__(self, folder: Path, how: str, threads: int) -> None:
         place = folder / BUNDLE
         made = bundle.read(place)
-        sizes = (
-            arithmetic.gguf_bytes(place / GGUF) if made.backend == "llamacpp" else arithmetic.onnx_bytes(place / ONNX)
-        )
-        self.weights_bytes, self.read_bytes = sizes
+        self.weights_bytes, self.read_bytes = _sizes(place, made)
         if how == serving.WEIGHTS_ONLY:
             exact = arithmetic.float_gguf(place, GGUF, threads) if made.backend == "llamacpp" else None
             place = exact or arithmetic.float_onnx(place)
@@ -52,6 +54,17 @@ class Engine:
     def moments(self, ids: Sequence[int], tokens: int) -> list[float]:
         """Seconds until each token of the session's continuation."""
         return serving.moments(self._session.generate(ids, tokens))
+
+
+def _sizes(place: Path, made: Bundle) -> tuple[int, int]:
+    """Bytes of weights in all, and of those that a token reads; a compiled model's are those that were predicted."""
+    match made.backend:
+        case "llamacpp":
+            return arithmetic.gguf_bytes(place / GGUF)
+        case "onnx":
+            return arithmetic.onnx_bytes(place / ONNX)
+    predicted = round(made.bits_per_weight * read_config(made.config).parameters / 8)
+    return predicted, predicted
 
 
 if __name__ == "__main__":
