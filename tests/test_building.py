@@ -209,7 +209,7 @@ def test_too_little_memory_is_said_with_the_prediction_before_any_work(
 ) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=500_000_000))
     steps: list[str] = []
-    with pytest.raises(OutOfMemory, match=r"needs about 0\.6 GB of memory, 0\.5 GB are free") as caught:
+    with pytest.raises(OutOfMemory, match=r"needs about 0\.7 GB of memory, 0\.5 GB are free") as caught:
         building.build(plan(tiny("3"), tmp_path / "out"), lambda phase, *_: steps.append(phase))
     assert caught.value.exit_code == 21
     assert steps == []

@@ -169,8 +169,8 @@ def test_python_has_the_same_words(tiny: Build, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_stopped_build_exits_with_130_and_leaves_nothing(tiny: Build, tmp_path: Path, name: str) -> None:
     script = (
-        "import os, signal, sys; from edgeq import cli, reference; "
-        f"reference.quick = lambda *_: os.kill(os.getpid(), signal.{name}); sys.exit(cli.main(sys.argv[1:]))"
+        "import os, signal, sys; from edgeq import cli; from edgeq.walk import run; "
+        f"run.quantize = lambda *_: os.kill(os.getpid(), signal.{name}); sys.exit(cli.main(sys.argv[1:]))"
     )
     place = tmp_path / "place"
     words = ["build", str(tiny("3")), "-t", "x86-avx2", "--backend", "null", "-o", str(place / "out")]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 import null_bundles
 from checkpoints import quiet
-from edgeq import gate
+from edgeq import accuracy, gate
 from edgeq.backends.null import NullSession
 from edgeq.errors import BackendFault, GateFailed
 
@@ -46,11 +46,16 @@ class Odd(NullSession):
 
 
 class Repeating(NullSession):
-    """Right logits, but decoding repeats two tokens."""
+    """After each id the likeliest is 7; right by its own scoring, and a loop."""
 
     def generate(self, ids: Sequence[int], tokens: int) -> Iterator[int]:
-        for step in range(tokens):
-            yield step % 2
+        yield from [7] * tokens
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        found = super().logits(ids)
+        if list(ids[-2:]) == [7, 7]:
+            found[len(ids) - accuracy.CONTINUATION - 1 :] = np.eye(self.vocab, dtype=np.float32)[7]
+        return found
 
 
 def test_a_backend_passes_against_its_own_logits() -> None:
@@ -108,16 +113,46 @@ def test_a_limit_that_is_no_limit_lets_nothing_pass(limit: float, weights_only: 
     assert not gate.check(null_bundles.reference(), NullSession(VOCAB), limit, weights_only, quiet).passed
 
 
-def test_a_loop_that_the_reference_does_not_have_fails() -> None:
-    found = gate.check(null_bundles.reference(), Repeating(VOCAB), 1.0, 0.0, quiet)
+LOOPS = "greedy decoding repeats one phrase, the float32 reference does not"
+
+
+@pytest.mark.parametrize("exact", [None, NullSession(VOCAB).logits])
+def test_a_loop_that_the_reference_does_not_have_fails(exact: gate.Scorer | None) -> None:
+    found = gate.check(null_bundles.reference(), Repeating(VOCAB), 1.0, 0.0, quiet, exact)
     assert not found.passed
-    assert found.reason == "greedy decoding repeats one phrase, the float32 reference does not"
+    assert found.reason == LOOPS
     assert found.kl_mean == pytest.approx(0, abs=1e-12)
 
 
-def test_a_loop_that_the_reference_has_too_passes() -> None:
+def test_a_loop_that_the_recorded_continuation_has_too_passes_and_the_float_model_is_not_asked() -> None:
     looping = replace(null_bundles.reference(), continuation=np.full(48, 5, np.int32))
-    assert "repeats one phrase" not in str(gate.check(looping, Repeating(VOCAB), 1.0, 0.0, quiet).reason)
+    asked: list[Sequence[int]] = []
+
+    def exact(ids: Sequence[int]) -> NDArray[np.float32]:
+        asked.append(ids)
+        return NullSession(VOCAB).logits(ids)
+
+    assert gate.check(looping, Repeating(VOCAB), 1.0, 0.0, quiet, exact).passed
+    assert asked == []
+
+
+def test_a_loop_that_the_float_model_would_write_too_passes() -> None:
+    asked: list[Sequence[int]] = []
+
+    def exact(ids: Sequence[int]) -> NDArray[np.float32]:
+        asked.append(ids)
+        return Repeating(VOCAB).logits(ids)
+
+    reference = null_bundles.reference()
+    assert gate.check(reference, Repeating(VOCAB), 1.0, 0.0, quiet, exact).passed
+    assert asked == [[*reference.windows[0, : accuracy.PROMPT].tolist(), *[7] * accuracy.CONTINUATION]]
+
+
+def test_a_float_model_whose_scores_are_not_finite_excuses_no_loop() -> None:
+    def exact(ids: Sequence[int]) -> NDArray[np.float32]:
+        return np.full((len(ids), VOCAB), np.nan, np.float32)
+
+    assert gate.check(null_bundles.reference(), Repeating(VOCAB), 1.0, 0.0, quiet, exact).reason == LOOPS
 
 
 def test_tokens_that_scoring_would_not_choose_fail_the_gate() -> None:

@@ -4,13 +4,14 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
 import checkpoints
 from checkpoints import Build, quiet
-from edgeq import accuracy, building, bundle, cli, data, planning, transformer
+from edgeq import accuracy, building, bundle, cli, data, planning
 from edgeq.errors import CorruptInput, DigestMismatch, InvalidMeasurement, OutOfMemory, UsageFault
 from edgeq.profiling import measure, run
 from edgeq.profiling.measure import Plan
@@ -111,12 +112,8 @@ def test_full_accuracy_needs_the_very_checkpoint_that_was_built(
 def test_a_reference_that_does_not_fit_in_memory_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, folder = small_bundle(tmp_path)
     monkeypatch.chdir(tmp_path)
-
-    def full(model: object) -> None:
-        raise OutOfMemory("too large")
-
-    monkeypatch.setattr(transformer, "check_memory", full)
-    with pytest.raises(OutOfMemory, match="too large"):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=500_000_000))
+    with pytest.raises(OutOfMemory, match=r"needs about 0\.7 GB of memory, 0\.5 GB are free"):
         run.profile(folder, target="host", progress=quiet, plan=Plan(prompts=(16,), tokens=4, accuracy="full"))
 
 

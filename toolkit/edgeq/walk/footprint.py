@@ -33,7 +33,9 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
     table: int = max(math.prod(shapes[name]) for name in TABLES if name in shapes)
     models = 1 if recipe is None else 2
     total: int = _LIBRARY_BYTES + _FLOAT * models * (max(layers) + model.hidden * int(held.windows.size))
-    ends: int = _FLOAT * (2 + models) * max(LOGITS, held.windows.shape[1] * model.vocab)
+    count, length = held.windows.shape
+    at_once = min(count, max(1, LOGITS // (length * model.vocab)))
+    ends: int = _FLOAT * (2 + models) * at_once * length * model.vocab
     if recipe is None:
         return total + ends
     ends += 2 * table if recipe.table.is_float else table
