@@ -95,8 +95,8 @@ def test_other_names_are_refused_with_the_grammar(name: str) -> None:
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(UsageFault, match="unknown method 'gptq'") as caught:
-        recipe.parse("w4g32-e8-gptq")
+    with pytest.raises(UsageFault, match="unknown method 'awq'") as caught:
+        recipe.parse("w4g32-e8-awq")
     for method in recipe.METHODS:
         assert method in caught.value.why
 

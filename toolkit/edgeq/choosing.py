@@ -15,7 +15,7 @@ from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import CorruptInput, NothingFits
 from edgeq.model import Model
-from edgeq.planning import Plan
+from edgeq.planning import MIX, Plan
 from edgeq.quantize import mix
 from edgeq.quantize.mix import Option
 from edgeq.recipe import Layout
@@ -84,9 +84,12 @@ def _possible(model: Model, name: str, layouts: Sequence[Layout]) -> list[Layout
 def _other_bytes(work: Plan, checkpoint: Checkpoint) -> int:
     """Predicted bytes of a bundle beside its quantized matrices: side files, floats, rotary caches, graph."""
     model = checkpoint.model
-    floats = sum(math.prod(shape) for name, shape in model.tensors().items() if not size.is_quantized(name))
     files = sum(path.stat().st_size for path in checkpoint.folder.iterdir() if path.suffix in (".json", ".jinja"))
-    return 4 * (floats + work.context * model.head_dim) + files + _GRAPH_BYTES
+    return _float_bytes(model) + 4 * work.context * model.head_dim + files + _GRAPH_BYTES
+
+
+def _float_bytes(model: Model) -> int:
+    return 4 * sum(math.prod(shape) for name, shape in model.tensors().items() if not size.is_quantized(name))
 
 
 def settle(work: Plan, found: Sensitivities, scale: float = 1.0) -> tuple[Plan, float]:
@@ -95,7 +98,9 @@ def settle(work: Plan, found: Sensitivities, scale: float = 1.0) -> tuple[Plan, 
     scale: by how much more an earlier choice lost than was predicted. Raises NothingFits when no choice keeps the
     budget.
     """
-    room = math.inf if work.max_size is None else work.max_size - found.other_bytes
+    room = math.inf if work.max_size is None else float(work.max_size - found.other_bytes)
+    if work.recipe.mixed_bits is not None:
+        room = min(room, work.recipe.mixed_bits * work.shape.parameters / 8 - _float_bytes(work.shape))
     options = {
         name: [dataclasses.replace(option, loss=scale * option.loss) for option in given]
         for name, given in found.options.items()
@@ -103,9 +108,9 @@ def settle(work: Plan, found: Sensitivities, scale: float = 1.0) -> tuple[Plan, 
     choice = mix.choose(options, room, _AIM * work.max_loss if work.loss_is_budget else 0.0)
     if choice.bytes > room:
         raise NothingFits(
-            f"no mix fits {(work.max_size or 0) / 1e6:.1f} MB",
-            why=f"The smallest needs {(choice.bytes + found.other_bytes) / 1e6:.1f} MB.",
-            run=f"edgeq build ... --max-size {(choice.bytes + found.other_bytes) / 1e6 + 1:.0f}MB",
+            f"{work.recipe}: no mix fits {room / 1e6:.1f} MB",
+            why=f"The smallest has {choice.bytes / 1e6:.1f} MB, and {found.other_bytes / 1e6:.1f} MB come on top.",
+            run=f"edgeq build ... --recipe {MIX} --max-size {(choice.bytes + found.other_bytes) / 1e6 + 1:.0f}MB",
         )
     if work.loss_is_budget and choice.loss > work.max_loss:
         raise NothingFits(

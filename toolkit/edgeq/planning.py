@@ -81,7 +81,7 @@ def plan(
         out=out or Path("bundles", device.name, f"{name}.{wanted}.{chosen}"),
         max_loss=wanted.max_loss if max_loss is None else _max_loss(max_loss),
         max_size=max_size,
-        loss_is_budget=max_loss is not None,
+        loss_is_budget=max_loss is not None and wanted.mixed_bits is None,
         calibration=_calibration(wanted, calibration_text),
         bytes=size.weight_bytes(shape, wanted, engine.scale_bits(wanted)),
         bits_per_weight=size.bits_per_weight(shape, wanted, engine.scale_bits(wanted)),
@@ -126,8 +126,8 @@ def _recipe(shape: Model, target: Target, engine: Backend, name: str, max_size: 
     """
     if name == "auto" and budget and engine.MIXED:
         return recipe.parse(MIX)
-    if recipe.is_mixed(name):
-        return _mixed(engine, name, budget=budget)
+    if name != "auto" and (wanted := recipe.parse(name)).mixed:
+        return _mixed(engine, wanted, budget=budget or wanted.mixed_bits is not None)
     if name == "auto":
         candidates = [each for each in map(recipe.parse, target.recipes) if _holds(engine, shape, str(each))]
         if not candidates:
@@ -153,16 +153,18 @@ def _recipe(shape: Model, target: Target, engine: Backend, name: str, max_size: 
     return fitting[0]
 
 
-def _mixed(engine: Backend, name: str, *, budget: bool) -> Recipe:
+def _mixed(engine: Backend, wanted: Recipe, *, budget: bool) -> Recipe:
     if not engine.MIXED:
-        raise UsageFault(f"{name}: this backend has one layout for all matrices", run="edgeq build ... --backend onnx")
+        raise UsageFault(
+            f"{wanted}: this backend has one layout for all matrices", run="edgeq build ... --backend onnx"
+        )
     if not budget:
         raise UsageFault(
-            f"{name} needs a budget",
+            f"{wanted} needs a budget",
             why="Layouts are chosen within a size or a loss.",
-            run="edgeq build ... --max-size 450MB, or --max-loss 0.02, or both",
+            run=f"edgeq build ... --recipe mix4.5-{wanted.method}, or --max-size 450MB, or --max-loss 0.02",
         )
-    return recipe.parse(name)
+    return wanted
 
 
 def _holds(engine: Backend, shape: Model, recipe_name: str) -> bool:

@@ -7,7 +7,8 @@
     w8gcol-e8-rtn         one scale for each row of a matrix
     q4_k-eq6_k-rtn        GGML's layouts by their names, rounded by GGML's own rule
     w4g32-e8-guided       matrices fitted to what they read in a calibration text
-    mix-guided            a layout for each matrix, the best within a size or a loss
+    mix-guided            a layout for each matrix, the best within a size or a loss that is given beside it
+    mix4.5-guided         the same within 4.5 bits per weight
 
 The first word is the body (every matrix of the layers): `w<bits>[a]g<group>`, where `a` means asymmetric, or one of
 GGML's layouts; `e...` is the embedding table, which is also the output layer when the checkpoint ties them (its codes
@@ -123,7 +124,7 @@ GGML = {
 _NAMES = "|".join(GGML)
 _GRAMMAR = re.compile(
     rf"(?:(?P<float>{'|'.join(FLOATS)})"
-    r"|mix-(?P<mix>[a-z]+)"
+    r"|mix(?P<mixed_bits>\d+(?:\.\d+)?)?-(?P<mix>[a-z]+)"
     rf"|(?P<body>w(?P<bits>[248])(?P<zeros>a?)g(?P<group>16|32|64|128|col)|{_NAMES})"
     rf"-e(?P<table>4|8|16|{_NAMES})-(?P<method>[a-z]+))"
     r"(?:-kv(?P<kv>8|16))?"
@@ -134,7 +135,8 @@ _GRAMMAR = re.compile(
 class Recipe:
     """Layout of the body and of the table, the rounding method, and bits of a key or value in the cache.
 
-    mixed: each matrix has a layout of its own, found by measuring; `chosen` are names and layouts once it is known.
+    mixed: each matrix has a layout of its own, found by measuring, so that a weight of the model has `mixed_bits` at
+    most where that is given; `chosen` are names and layouts once they are known.
     """
 
     body: Layout
@@ -142,6 +144,7 @@ class Recipe:
     method: str
     kv_bits: int = 32
     mixed: bool = False
+    mixed_bits: float | None = None
     chosen: tuple[tuple[str, Layout], ...] = ()
 
     @property
@@ -157,7 +160,7 @@ class Recipe:
     def __str__(self) -> str:
         cache = "" if self.kv_bits == 32 else f"-kv{self.kv_bits}"
         if self.mixed:
-            return f"mix-{self.method}{cache}"
+            return f"mix{f'{self.mixed_bits:g}' if self.mixed_bits else ''}-{self.method}{cache}"
         if self.body.is_float:
             return self.body.name + cache
         table = self.table.name if self.table.is_ggml else str(self.table.bits)
@@ -175,11 +178,6 @@ def plain(bits: int, group: int, *, symmetric: bool = True) -> Layout:
     return Layout(word, bits, group, _SMALLEST_RUN if group == COLUMN else group, symmetric=symmetric)
 
 
-def is_mixed(name: str) -> bool:
-    """Whether a name is that of a mixed recipe."""
-    return name.startswith("mix-")
-
-
 def layout(word: str) -> Layout:
     """Layout that a word of a recipe's body defines."""
     return parse(f"{word}-e8-rtn").body
@@ -191,8 +189,8 @@ def parse(name: str) -> Recipe:
     if match is None:
         raise UsageFault(
             f"{name!r} is not a recipe",
-            why=f"A recipe is {', '.join(FLOATS)}, mix-<method>, or <body>-e<table>-<method>, then -kv16 or -kv8 if "
-            "wanted; the body is w<2|4|8>g<16|32|64|128|col>, w<2|4|8>ag... with zero points, or one of "
+            why=f"A recipe is {', '.join(FLOATS)}, mix<bits>-<method>, or <body>-e<table>-<method>, then -kv16 or -kv8 "
+            "if wanted; the body is w<2|4|8>g<16|32|64|128|col>, w<2|4|8>ag... with zero points, or one of "
             f"{', '.join(GGML)}; the table is 4, 8, 16 or one of these. Three bits are q3_k.",
             run="edgeq models show qwen3-0.6b",
         )
@@ -203,7 +201,8 @@ def parse(name: str) -> Recipe:
     if method not in METHODS:
         raise UsageFault(f"{name!r}: unknown method {method!r}", why=f"Known: {', '.join(METHODS)}")
     if match["mix"]:
-        return Recipe(plain(4, 32), plain(8, 32), method, kv_bits, mixed=True)
+        bits = float(match["mixed_bits"]) if match["mixed_bits"] else None
+        return Recipe(plain(4, 32), plain(8, 32), method, kv_bits, mixed=True, mixed_bits=bits)
     if match["body"] in GGML:
         body, group = GGML[match["body"]], 32
     else:
