@@ -85,7 +85,7 @@ def plan(
         calibration=_calibration(wanted, calibration_text),
         bytes=size.weight_bytes(shape, wanted, engine.scale_bits(wanted)),
         bits_per_weight=size.bits_per_weight(shape, wanted, engine.scale_bits(wanted)),
-        notes=(*notes, *_notes(model, shape, device)),
+        notes=(*notes, *_notes(model, shape, device, chosen)),
     )
 
 
@@ -205,14 +205,14 @@ def _context(shape: Model, wanted: int | None) -> int:
     return context
 
 
-def _notes(model: str, shape: Model, target: Target) -> list[str]:
+def _notes(model: str, shape: Model, target: Target, backend: str) -> list[str]:
     """What people should know that the result does not show."""
     notes = []
     if model.lower() in catalog.names() and Path(model).is_dir():
         notes.append(f"{model} is taken as the folder of that name here, not as the catalogue's model")
     if shape.has_vision:
         notes.append("the vision tower is left out: this edgeq builds the text model")
-    if shape.has_mtp:
+    if shape.has_mtp and backend != "llamacpp":
         notes.append("the multi-token-prediction head is left out")
     if why := detect.mismatch(target, this_machine()):
         notes.append(f"the gate runs on this machine's CPU, which is not {target.name}: {why}")

@@ -28,7 +28,7 @@ from edgeq.walk.layered import Layered
 from edgeq.walk.states import States
 from edgeq.walk.windows import Held
 
-LOGITS = 1 << 26
+LOGITS = 1 << 25
 """Logits that are held at once, of all windows together, of each model."""
 _GRADIENTS, _WEIGHTS = "gradients.bin", "weights.npy"
 
