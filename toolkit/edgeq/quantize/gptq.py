@@ -46,8 +46,11 @@ def curvature(hessian: Any) -> Curvature:
 
     damping = max(DAMPING * float(hessian.diagonal().mean()), float(np.finfo(np.float32).tiny))
     hessian.diagonal().add_(damping)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return Curvature(hessian, torch.linalg.cholesky(inverse, upper=True))
+    factor = torch.empty_like(hessian).mT  # columns lie together, as LAPACK wants them, which then needs no copy
+    torch.linalg.cholesky(hessian, out=factor)
+    torch.cholesky_inverse(factor, out=factor)
+    torch.linalg.cholesky(factor, upper=True, out=factor)
+    return Curvature(hessian, factor)
 
 
 def compensated(weights: NDArray[np.float32], cross: Any, curved: Curvature) -> NDArray[np.float32]:

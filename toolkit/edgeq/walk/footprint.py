@@ -10,41 +10,46 @@ from edgeq.machine import physical_cores, this_machine
 from edgeq.model import Model
 from edgeq.recipe import Recipe
 from edgeq.size import TABLES, is_quantized
+from edgeq.walk.layers import PIECE
 from edgeq.walk.run import LOGITS
 from edgeq.walk.windows import Held
 
 _LIBRARY_BYTES = 700_000_000  # torch, transformers and ONNX Runtime, as measured
 _FLOAT = 4
-_ROWS = 1024
+_ARRAYS, _WINDOW = 8, 512  # temporaries of a thread that solves; tokens of a calibration window
 
 
 def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) -> int:
     """Bytes of anonymous memory at the peak of a walk over held-out windows and `tokens` of calibration.
 
-    recipe: None for the float model alone. Counted are one layer of each model, hidden states, the table's codes, the
-    logits of some windows, and for a calibrated recipe the second moments of the widest input: as they are, crossed
-    with the float model's, their factor, and what factoring takes.
+    recipe: None for the float model alone. Hidden states are held throughout; beside them, what is larger of a layer
+    with what solving it takes, and the ends of the model: logits of some windows and the table's codes. Solving takes
+    the second moments of the widest input, their factor, for a guided recipe those with the float model's input and a
+    second layer, and room for each thread.
     """
     shapes = model.tensors()
-    layers: list[int] = [0] * model.layers
+    sizes: list[int] = [0] * model.layers
     for name, shape in shapes.items():
         if name.startswith("model.layers."):
-            layers[int(name.split(".")[2])] += math.prod(shape)
-    table: int = max(math.prod(shapes[name]) for name in TABLES if name in shapes)
-    models = 1 if recipe is None else 2
-    total: int = _LIBRARY_BYTES + _FLOAT * models * (max(layers) + model.hidden * int(held.windows.size))
-    count, length = held.windows.shape
+            sizes[int(name.split(".")[2])] += math.prod(shape)
+    layer = max(sizes)
+    count, length = map(int, held.windows.shape)
     at_once = min(count, max(1, LOGITS // (length * model.vocab)))
-    ends: int = _FLOAT * (2 + models) * at_once * length * model.vocab
+    states = model.hidden * int(held.windows.size)
+    logits: int = at_once * length * model.vocab
     if recipe is None:
-        return total + ends
-    ends += 2 * table if recipe.table.is_float else table
-    if not recipe.calibrated:
-        return total + ends
-    inputs = max(shape[1] for name, shape in shapes.items() if is_quantized(name) and name not in TABLES)
-    sides = 2 if recipe.guided else 1
-    solving: int = _FLOAT * inputs * ((3 + sides) * inputs + 8 * physical_cores() * _ROWS)
-    return total + _FLOAT * sides * model.hidden * tokens + max(solving, ends)
+        return int(_LIBRARY_BYTES + _FLOAT * (states + max(layer, 3 * logits)))
+    table: int = max(math.prod(shapes[name]) for name in TABLES if name in shapes)
+    ends = 4 * _FLOAT * logits + table * (2 if recipe.table.is_float else 1)
+    states *= 2
+    if recipe.calibrated:
+        sides = 2 if recipe.guided else 1
+        inputs = max(shape[1] for name, shape in shapes.items() if is_quantized(name) and name not in TABLES)
+        states += sides * model.hidden * tokens
+        layer = sides * layer + (1 + sides) * inputs * inputs + _ARRAYS * physical_cores() * PIECE
+    if recipe.guided:
+        ends = max(ends, 3 * _FLOAT * min(tokens, _WINDOW) * model.vocab)
+    return int(_LIBRARY_BYTES + _FLOAT * states + max(_FLOAT * layer, ends))
 
 
 def require(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) -> None:

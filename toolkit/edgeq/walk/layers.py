@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,8 @@ from edgeq.walk.layered import Layered
 from edgeq.walk.moments import moments, stages
 from edgeq.walk.states import States
 
-_ROWS = 1024
-_TABLE_ROWS = 8192
+PIECE = 1 << 22
+"""Weights that a thread solves at a time."""
 TABLE_DAMPING = 0.1
 
 
@@ -39,19 +40,24 @@ def step(
     weights: of each calibration token, [windows, length]; None: all alike.
     """
     index = states.layer
-    with exact.layer(index), quantized.layer(index):
+    with ExitStack() as stack:
+        if not recipe.guided:
+            with exact.layer(index):
+                exact.advance(index, states.exact_held)
+        else:
+            stack.enter_context(exact.layer(index))
+        stack.enter_context(quantized.layer(index))
         if recipe.calibrated:
             for names in stages(quantized, index, states.quantized_calibration[0]):
                 _solve(exact, quantized, recipe, solutions, states, weights, names)
         else:
             for name in quantized.matrices(index):
                 quantized.replace(name, solutions.values(name))
-        for model, held, calibration in (
-            (exact, states.exact_held, states.exact_calibration),
-            (quantized, states.quantized_held, states.quantized_calibration),
-        ):
-            model.advance(index, held)
-            model.advance(index, calibration)
+        if recipe.guided:
+            exact.advance(index, states.exact_held)
+            exact.advance(index, states.exact_calibration)
+        quantized.advance(index, states.quantized_held)
+        quantized.advance(index, states.quantized_calibration)
     states.layer += 1
 
 
@@ -74,7 +80,7 @@ def solve_output(model: Layered, recipe: Recipe, solutions: Solutions, states: N
         second.div_(states.shape[0] * states.shape[1])
         if model.checkpoint.model.tied:
             second.diagonal().add_(TABLE_DAMPING * second.diagonal().mean())
-        solutions.keep(_matrix(model, model.checkpoint, recipe, name, gptq.curvature(second), None, _TABLE_ROWS))
+        solutions.keep(_matrix(model, model.checkpoint, recipe, name, gptq.curvature(second), None))
 
 
 def _solve(
@@ -109,11 +115,11 @@ def _matrix(
     name: str,
     curved: gptq.Curvature,
     cross: Any,
-    at_once: int = _ROWS,
 ) -> Any:
     """Solution of one matrix, rows in parallel; raises GateFailed when it is not the matrix any more."""
     layout = layout_of(checkpoint.model, recipe, name)
     outputs, inputs = checkpoint.model.tensors()[name]
+    at_once = PIECE // inputs
 
     def rows(start: int) -> tuple[Any, float, float]:
         weights = checkpoint.rows(name, start, min(start + at_once, outputs))
