@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -198,3 +201,20 @@ def test_checkpoints_without_a_template_are_read_as_plain_text(tmp_path: Path, t
     (folder / "chat_template.jinja").unlink()
     plain = read(Checkpoint.open(folder), text)
     np.testing.assert_array_equal(plain.windows, read(Checkpoint.open(folder), text, demo=True).windows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["w4g32-e8-gptq", "w4g32-e8-guided"])
+def test_a_bundle_is_the_same_bytes_whatever_the_threads_and_the_order_of_sets(
+    tiny: Build, tmp_path: Path, text: Path, name: str
+) -> None:
+    program = "import sys; from edgeq import cli; sys.exit(cli.main(sys.argv[1:]))"
+    made = []
+    for threads, seed in (("1", "1"), ("4", "2")):
+        out = tmp_path / threads / "out"
+        words = ["build", str(tiny("3.5")), "-t", "x86-avx2", "--backend", "onnx", "--recipe", name, "-o", str(out)]
+        words += ["--calibration", str(text), "--context", "256"]
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONHASHSEED": seed}
+        subprocess.run([sys.executable, "-c", program, *words], env=environment, check=True, capture_output=True)
+        made.append(bundle.read(out).files)
+    assert made[0] == made[1]

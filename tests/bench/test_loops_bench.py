@@ -58,7 +58,7 @@ def test_step_of_an_onnx_session(benchmark: Any, built: Build) -> None:
     folder = built("3", "w4g32-e8-rtn")
     session = backends.get("onnx").load(folder, bundle.read(folder))
 
-    def step() -> int:
+    def step() -> Any:
         session.begin(8)
         session.advance([1, 2, 3, 4])
         return session.advance([5]).shape[0]

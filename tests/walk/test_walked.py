@@ -13,6 +13,7 @@ from edgeq import accuracy, data, transformer
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import Interrupted
 from edgeq.quantize.kept import Solutions
+from edgeq.quantize.solution import BlockSolution, Solution
 from edgeq.recipe import parse
 from edgeq.size import is_quantized
 from edgeq.walk import gradients, head, run, windows
@@ -114,7 +115,7 @@ def test_moments_are_those_of_what_the_matrix_reads(layered: Layered, weighed: b
 @pytest.mark.parametrize("layered", GENERATIONS, indirect=True)
 def test_tokens_matter_as_autograd_over_the_whole_model_says(layered: Layered, tmp_path: Path) -> None:
     found = gradients.token_weights(layered, CALIBRATION, tmp_path / "scratch", quiet)
-    weights: NDArray[np.float32] = found[0] if isinstance(found, tuple) else found
+    weights: NDArray[np.float32] = found[0]
     checkpoint = layered.checkpoint
     model = transformer.instantiate(checkpoint, lambda _: True)
     norms: list[NDArray[np.float32]] = []
@@ -157,7 +158,12 @@ def test_a_walk_that_was_stopped_goes_on_to_the_same_bits_and_solves_no_layer_tw
         walked(checkpoint, name, tmp_path / "stopped", stop)
     solved: list[str] = []
     keep = Solutions.keep
-    monkeypatch.setattr(Solutions, "keep", lambda self, found: (solved.append(found.name), keep(self, found))[1])
+
+    def note(self: Solutions, found: Solution | BlockSolution) -> None:
+        solved.append(found.name)
+        keep(self, found)
+
+    monkeypatch.setattr(Solutions, "keep", note)
     again = walked(checkpoint, name, tmp_path / "stopped")
     body = [each for each in solved if each.startswith("model.layers.")]
     assert body
