@@ -246,7 +246,7 @@ def test_compiled_code_runs_on_the_processor_that_it_is_for_the_rest_on_all(
         def python(self, *words: str, cpu: int) -> subprocess.CompletedProcess[str]:
             return subprocess.CompletedProcess(words, cpu)
 
-    monkeypatch.setattr(script.reference, "QUICK_WINDOWS", script.WINDOWS)
+    monkeypatch.setattr(script.windows, "QUICK_WINDOWS", script.WINDOWS)
     monkeypatch.setattr(script.edgeq, "build", lambda model, **_: SimpleNamespace(generation=model[len("demo-qwen") :]))
     monkeypatch.setattr(script, "first_window", lambda _: np.arange(3))
     monkeypatch.setattr(script.proofs, "dequantized_logits", lambda *_: LOGITS)

@@ -1,4 +1,4 @@
-"""Speed of quantizing and packing one matrix: pytest tests/bench --benchmark-enable (tests never assert time)."""
+"""Speed of quantizing and packing one matrix: scripts/bench (tests never assert time)."""
 
 from __future__ import annotations
 

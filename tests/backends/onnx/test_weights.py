@@ -19,7 +19,7 @@ from edgeq.recipe import parse
 from edgeq.size import TABLES, is_quantized
 
 GENERATIONS = ("2.5", "3", "3.5")
-NEW = ("w2g32-e8-mse", "w2ag64-e8-rtn", "w4ag16-e4-mse", "w8ag32-e8-rtn", "w4agcol-e8-mse", "w8gcol-e4-rtn")
+NEW = ("w2g32-e8-mse", "w2ag64-e8-mse", "w4ag16-e4-mse", "w8ag32-e8-rtn", "w4agcol-e8-mse", "w8gcol-e4-rtn")
 TABLE_OF_FLOATS = "w4g32-e16-rtn"
 
 

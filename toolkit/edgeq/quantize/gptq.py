@@ -100,6 +100,7 @@ class _Grids:
 
         inputs, outputs = wanted.shape
         self.layout, self.top = layout, (1 << layout.bits) - 1
+        self.block = max(layout.block, layout.group)
         self.low = -(1 << (layout.bits - 1)) if layout.symmetric and not layout.is_ggml else 0
         self.steps, self.offsets = (torch.zeros(inputs // layout.group, outputs) for _ in range(2))
         self.levels: Any = None
@@ -111,9 +112,9 @@ class _Grids:
         """Choose the grids of the block that begins at input `start`, for weights [inputs of the block, outputs]."""
         import torch
 
-        layout, here = self.layout, slice(start, start + self.layout.block)
+        layout, here = self.layout, slice(start, start + self.block)
         rows, importance = np.ascontiguousarray(weights.T.numpy()), self._importance[here]
-        groups = slice(start // layout.group, (start + layout.block) // layout.group)
+        groups = slice(start // layout.group, (start + self.block) // layout.group)
         if layout.is_ggml:
             found = ggml.unpack(ggml.quantize(rows, layout, importance), layout, "")
             each = layout.block // layout.group
@@ -204,7 +205,7 @@ def _propagate(weights: Any, curved: Curvature, grids: _Grids) -> Any:
     """Codes [inputs, outputs], float32, by GPTQ; `weights` is used up."""
     import torch
 
-    factor, codes, block = curved.factor, torch.empty_like(weights), grids.layout.block
+    factor, codes, block = curved.factor, torch.empty_like(weights), grids.block
     run = block if _RUN < block < len(weights) else max(_RUN // block * block, _RUN)
     errors = torch.empty(run, weights.shape[1])
     for start in range(0, len(weights), run):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.checkpoint import Checkpoint
+from edgeq.errors import CorruptInput
 from edgeq.quantize import ggml
 from edgeq.quantize.solution import BlockSolution, Solution
 from edgeq.quantize.solve import as_float, part, solve
-from edgeq.recipe import Recipe
+from edgeq.recipe import Layout, Recipe
 from edgeq.size import layout_of
 
 Rows = Callable[[slice | NDArray[np.intp]], NDArray[np.float32]]
@@ -26,18 +30,18 @@ class Solutions:
         self._checkpoint, self._recipe, self._folder = checkpoint, recipe, folder
 
     def __call__(self, name: str) -> Solution | BlockSolution:
-        """Solution of one matrix; what solving raises."""
+        """Solution of one matrix; raises CorruptInput when the kept file is damaged, and what solving raises."""
         path = self._path(name)
         if path is None or not path.is_file():
             return solve(self._checkpoint, self._recipe, name)
         layout = layout_of(self._checkpoint.model, self._recipe, name)
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            if layout.is_ggml:
-                return ggml.unpack(arrays["blocks"], layout, name)
-            codes = _unpacked(arrays["codes"], layout.bits)
-            return Solution(
-                name, layout.bits, layout.group, codes, arrays["scales"].astype(np.float32), arrays["zero_points"]
-            )
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+                return _read(arrays, layout, name)
+        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise CorruptInput(
+                f"{path}: not a solution that was kept", why=str(error), run=f"rm -r {path.parent}, then build again"
+            ) from error
 
     def values(self, name: str) -> NDArray[np.float32]:
         """What the recipe makes of one matrix, float32 [outputs, inputs]."""
@@ -66,6 +70,13 @@ class Solutions:
 
     def _path(self, name: str) -> Path | None:
         return None if self._folder is None else self._folder / f"{name}.npz"
+
+
+def _read(arrays: Mapping[str, NDArray[Any]], layout: Layout, name: str) -> Solution | BlockSolution:
+    if layout.is_ggml:
+        return ggml.unpack(arrays["blocks"], layout, name)
+    codes, scales = _unpacked(arrays["codes"], layout.bits), arrays["scales"].astype(np.float32)
+    return Solution(name, layout.bits, layout.group, codes, scales, arrays["zero_points"])
 
 
 def _packed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
