@@ -148,6 +148,15 @@ def test_a_loop_that_the_float_model_would_write_too_passes() -> None:
     assert asked == [[*reference.windows[0, : accuracy.PROMPT].tolist(), *[7] * accuracy.CONTINUATION]]
 
 
+def test_a_loop_passes_where_the_float_model_repeats_another_phrase() -> None:
+    def exact(ids: Sequence[int]) -> NDArray[np.float32]:
+        scores = np.zeros((len(ids), VOCAB), np.float32)
+        scores[:, 9] = 5
+        return scores
+
+    assert gate.check(null_bundles.reference(), Repeating(VOCAB), 1.0, 0.0, quiet, exact).passed
+
+
 def test_a_float_model_whose_scores_are_not_finite_excuses_no_loop() -> None:
     def exact(ids: Sequence[int]) -> NDArray[np.float32]:
         return np.full((len(ids), VOCAB), np.nan, np.float32)

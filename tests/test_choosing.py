@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from checkpoints import Build, quiet
+from edgeq import building, bundle, calibration, choosing, data, planning, recipe, size
+from edgeq.checkpoint import Checkpoint
+from edgeq.choosing import Sensitivities
+from edgeq.errors import NothingFits, UsageFault
+from edgeq.planning import Plan
+from edgeq.quantize.mix import Option
+
+COARSE, FINE = recipe.plain(4, 32), recipe.plain(8, 32)
+TEXT = data.held_out()[::-1]
+
+
+def plan(folder: Path, **words: object) -> Plan:
+    return planning.plan(str(folder), target="x86-avx2", context=256, **words)  # type: ignore[arg-type]
+
+
+def sensitivities(work: Plan) -> Sensitivities:
+    """Made-up ones: the first unit loses a hundred times as much as each other."""
+    units = {name: [name] for name in filter(size.is_quantized, work.shape.tensors())}
+    options = {}
+    for turn, name in enumerate(units):
+        weights = math.prod(work.shape.tensors()[name])
+        loss = 1e-2 if turn == 0 else 1e-4
+        options[name] = [Option(COARSE, weights * 5 // 8, loss), Option(FINE, weights * 9 // 8, loss / 256)]
+    return Sensitivities(options, units, 1000)
+
+
+def test_a_budget_makes_auto_a_mix_and_no_budget_does_not(tiny: Build) -> None:
+    assert str(plan(tiny("3"), max_size=10**6).recipe) == "mix-guided"
+    assert str(plan(tiny("3"), max_loss=0.1).recipe) == "mix-guided"
+    assert not plan(tiny("3")).recipe.mixed
+    assert plan(tiny("3"), max_size=10**6).calibration == calibration.BUNDLED
+
+
+def test_a_mix_without_a_budget_is_refused_with_one_that_has(tiny: Build) -> None:
+    with pytest.raises(UsageFault, match="needs a budget") as caught:
+        plan(tiny("3"), recipe_name="mix-gptq")
+    assert "mix4.5-gptq" in caught.value.run
+
+
+def test_a_backend_with_one_layout_for_all_refuses_a_mix(tiny: Build) -> None:
+    with pytest.raises(UsageFault, match="one layout for all matrices"):
+        plan(tiny("3"), recipe_name="mix4.5-guided", backend="null")
+
+
+def test_bytes_go_to_the_matrix_that_needs_them(tiny: Build) -> None:
+    work = plan(tiny("3"), max_size=10**6)
+    found = sensitivities(work)
+    smallest = sum(options[0].bytes for options in found.options.values())
+    first = next(iter(found.options))
+    grown = found.options[first][1].bytes - found.options[first][0].bytes
+    settled, loss = choosing.settle(dataclasses.replace(work, max_size=smallest + grown + 1000), found)
+    assert dict(settled.recipe.chosen)[first] == FINE
+    assert {layout for name, layout in settled.recipe.chosen if name != first} == {COARSE}
+    assert loss == pytest.approx(sum(options[0].loss for options in found.options.values()), abs=0.0101)
+    assert settled.bytes == size.weight_bytes(work.shape, settled.recipe, 32)
+
+
+def test_a_loss_is_kept_with_the_fewest_bytes_and_a_choice_that_lost_more_is_made_again_with_more(tiny: Build) -> None:
+    work = plan(tiny("3"), max_loss=0.01)
+    found = sensitivities(work)
+    settled, loss = choosing.settle(work, found)
+    assert loss <= 0.01
+    again, _ = choosing.settle(work, found, scale=20.0)
+    assert again.bytes > settled.bytes
+
+
+def test_a_budget_that_nothing_keeps_is_refused_with_one_that_works(tiny: Build) -> None:
+    work = plan(tiny("3"), max_size=2000)
+    with pytest.raises(NothingFits, match="no mix fits") as caught:
+        choosing.settle(work, sensitivities(work))
+    assert "--max-size" in caught.value.run
+    assert caught.value.exit_code == 3
+    tight = plan(tiny("3"), max_loss=1e-9)
+    with pytest.raises(NothingFits, match="no mix is predicted to lose at most 1e-09"):
+        choosing.settle(tight, sensitivities(tight))
+
+
+@pytest.mark.parametrize("backend", ["onnx", "llamacpp"])
+def test_a_built_mix_records_its_layouts_and_keeps_its_bits(tiny: Build, tmp_path: Path, backend: str) -> None:
+    if backend == "llamacpp":
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed", exc_type=ImportError)
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    folder = tiny("3")
+    work = plan(
+        folder, recipe_name="mix7.5-guided", backend=backend, calibration_text=str(text), out=tmp_path / "bundle"
+    )
+    built = building.build(work, quiet)
+    assert built.gate.passed
+    assert built.bits_per_weight <= 7.5
+    made = bundle.read(tmp_path / "bundle")
+    assert made.layouts is not None
+    assert set(made.layouts) == set(filter(size.is_quantized, Checkpoint.open(folder).model.tensors()))
+    assert len(set(made.layouts.values())) > 1
+    assert made.recipe == "mix7.5-guided"
+    assert not list(tmp_path.glob(".edgeq*"))
+
+
+def test_a_preview_settles_a_mix_and_leaves_other_plans_alone(tiny: Build, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, encoding="utf-8")
+    work = plan(tiny("3"), recipe_name="mix8-gptq", calibration_text=str(text), out=tmp_path / "bundle")
+    assert choosing.preview(work, quiet).recipe.chosen
+    assert not (tmp_path / "bundle").exists()
+    other = plan(tiny("3"), recipe_name="w4g32-e8-rtn")
+    assert choosing.preview(other, quiet) is other

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from checkpoints import Build, quiet
+from edgeq import data, transformer
+from edgeq.checkpoint import Checkpoint
+from edgeq.quantize.solve import quantized
+from edgeq.recipe import Layout, plain
+from edgeq.size import is_quantized
+from edgeq.walk import sensitivity, windows
+
+FINE, COARSE = plain(8, 32), plain(4, 32)
+TEXT = data.held_out()[:6000]
+
+
+def measure(checkpoint: Checkpoint, layouts: list[Layout], scratch: Path) -> dict[str, list[Any]]:
+    tokens = windows.windows(checkpoint.folder, TEXT, 6, 64, checkpoint.model.vocab)
+    every = {first: layouts for first in sensitivity.units(checkpoint.model)}
+    return sensitivity.measure(checkpoint, every, 16, tokens, scratch / "states", quiet)
+
+
+@pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
+def test_every_matrix_is_in_one_unit_and_queries_keys_and_values_share_theirs(tiny: Build, generation: str) -> None:
+    model = Checkpoint.open(tiny(generation)).model
+    units = sensitivity.units(model)
+    assert sorted(name for names in units.values() for name in names) == sorted(filter(is_quantized, model.tensors()))
+    for first, names in units.items():
+        parts = {name.rpartition(".")[0].rpartition(".")[2] for name in names}
+        assert parts in ([{"q_proj", "k_proj", "v_proj"}] if "q_proj" in first else [{first.split(".")[-2]}])
+
+
+@pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_predicted_losses_are_those_of_models_with_one_unit_rounded(
+    tiny: Build, tmp_path: Path, generation: str, tied: bool
+) -> None:
+    import torch
+
+    checkpoint = Checkpoint.open(tiny(generation, tied=tied))
+    found = measure(checkpoint, [COARSE], tmp_path)
+    tokens = windows.windows(checkpoint.folder, TEXT, 6, 64, checkpoint.model.vocab)
+    model = transformer.instantiate(checkpoint, lambda _: True)
+
+    def log_probs() -> Any:
+        with torch.no_grad():
+            logits = model(input_ids=torch.from_numpy(tokens.astype(np.int64))).logits
+        return torch.log_softmax(logits.double(), -1)
+
+    exact = log_probs()
+    predicted, measured = [], []
+    for first, names in sensitivity.units(checkpoint.model).items():
+        kept = {name: model.get_parameter(name).data.clone() for name in names}
+        for name in names:
+            values = quantized(checkpoint.tensor(name), COARSE, "mse", name).dequantize()
+            model.get_parameter(name).data.copy_(torch.from_numpy(values))
+        measured.append(float((exact.exp() * (exact - log_probs())).sum(-1).mean()))
+        predicted.append(found[first][0].loss)
+        for name in names:
+            model.get_parameter(name).data.copy_(kept[name])
+    assert 0.4 < sum(predicted) / sum(measured) < 2.5  # drawn tokens of a short text
+    assert np.corrcoef(np.log(predicted), np.log(measured))[0, 1] > 0.7
+    for mine, true in list(zip(predicted, measured, strict=True))[-3 - (not tied) : len(predicted) - (not tied)]:
+        assert mine == pytest.approx(true, rel=0.2)  # nothing after the last layer's own matrices mixes tokens
+
+
+def test_more_bits_cost_less_and_take_more_bytes(tiny: Build, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(tiny("3"))
+    shapes = checkpoint.model.tensors()
+    for first, (fine, coarse) in measure(checkpoint, [FINE, COARSE], tmp_path).items():
+        assert fine.loss < coarse.loss / 20
+        names = sensitivity.units(checkpoint.model)[first]
+        weights = sum(int(np.prod(shapes[name])) for name in names)
+        assert (fine.bytes, coarse.bytes) == (weights * 8.5 // 8, weights * 4.5 // 8)
+
+
+def test_the_file_of_states_is_removed(tiny: Build, tmp_path: Path) -> None:
+    measure(Checkpoint.open(tiny("3")), [FINE], tmp_path)
+    assert list(tmp_path.iterdir()) == []
