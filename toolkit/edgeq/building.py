@@ -24,7 +24,7 @@ from edgeq.planning import Plan
 from edgeq.profiles import Phase
 from edgeq.profiling import memory
 from edgeq.version import VERSION
-from edgeq.walk import footprint, windows
+from edgeq.walk import footprint, ranges, windows
 from edgeq.walk import run as walk
 from edgeq.walk.run import Walked
 
@@ -89,13 +89,16 @@ def build(work: Plan, progress: Progress) -> Built:
     footprint.require(checkpoint.model, held, work.recipe, calibration.WINDOWS * calibration.LENGTH)
     with store.staging(work.out, work.bytes) as folder, ExitStack() as stack:
         checkpoint.scan(lambda done, total: step("scan", done, total))
-        source, text, kept = origin.source(checkpoint), None, None
+        source, text, kept, cache = origin.source(checkpoint), None, None, None
         if work.calibration is not None:
             text = calibration.read(checkpoint, work.calibration, source.kind == "demo", checkpoint.model.context, step)
-            kept = stack.enter_context(store.resumable(folder.parent, _walk_key(work, source, text)))
+            if work.recipe.calibrated:
+                kept = stack.enter_context(store.resumable(folder.parent, _walk_key(work, source, text)))
+            if engine.calibrates_cache(work.recipe):
+                cache = ranges.cache_ranges(checkpoint, text.windows, step)
         walked = walk.quantize(checkpoint, work.recipe, held, None if text is None else text.windows, kept, step)
         _copy_side_files(checkpoint, template, folder)
-        compiled = engine.build(Job(checkpoint, work.recipe, work.target, work.context, step, kept), folder)
+        compiled = engine.build(Job(checkpoint, work.recipe, work.target, work.context, step, kept, cache), folder)
         accuracy.save(walked.reference, folder / bundle.REFERENCE)
         draft = _describe(work, source, checkpoint, folder, engine.provider(work.target), tools)
         if compiled is not None:

@@ -23,7 +23,7 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
 
     recipe: None for the float model alone. Counted are one layer of each model, hidden states, the table's codes, the
     logits of some windows, and for a calibrated recipe the second moments of the widest input: as they are, crossed
-    with the float model's, their factor, and what factoring takes.
+    with the float model's, their factor, and what factoring takes. Calibrating a cache takes less than the logits.
     """
     shapes = model.tensors()
     layers: list[int] = [0] * model.layers
