@@ -154,7 +154,7 @@ def test_a_target_file_of_ones_own_is_validated(capsys: pytest.CaptureFixture[st
 
 
 def test_sizes_and_tokens_are_read_as_people_write_them(capsys: pytest.CaptureFixture[str], tiny: Build) -> None:
-    words = ["build", str(tiny("3")), "-t", "x86-avx2", "--dry-run"]
+    words = ["build", str(tiny("3")), "-t", "x86-avx2", "--recipe", "w4g32-e8-rtn", "--dry-run"]
     assert run(capsys, *words, "--max-size", "1MB", "--context", "0.25k")[0] == 0
     code, _, err = run(capsys, *words, "--max-size", "lots")
     assert code == 2

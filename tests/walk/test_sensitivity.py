@@ -20,7 +20,7 @@ TEXT = data.held_out()[:6000]
 
 def measure(checkpoint: Checkpoint, layouts: list[Layout], scratch: Path) -> dict[str, list[Any]]:
     tokens = windows.windows(checkpoint.folder, TEXT, 6, 64, checkpoint.model.vocab)
-    every = {first: layouts for first in sensitivity.units(checkpoint.model)}
+    every = dict.fromkeys(sensitivity.units(checkpoint.model), layouts)
     return sensitivity.measure(checkpoint, every, 16, tokens, scratch / "states", quiet)
 
 

@@ -24,9 +24,10 @@ from edgeq.planning import Plan
 from edgeq.profiles import Phase
 from edgeq.profiling import memory
 from edgeq.version import VERSION
-from edgeq.walk import footprint, windows
+from edgeq.walk import footprint, ranges, windows
 from edgeq.walk import run as walk
 from edgeq.walk.run import Walked
+from edgeq.walk.windows import Held
 
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _TEMPLATE = "chat_template.jinja"
@@ -90,22 +91,14 @@ def build(work: Plan, progress: Progress) -> Built:
     footprint.require(checkpoint.model, held, work.recipe, calibration.WINDOWS * calibration.LENGTH)
     with store.staging(work.out, work.bytes) as folder, ExitStack() as stack:
         checkpoint.scan(lambda done, total: step("scan", done, total))
-        source, text, kept = origin.source(checkpoint), None, None
+        source, text, cache = origin.source(checkpoint), None, None
         if work.calibration is not None:
             text = calibration.read(checkpoint, work.calibration, source.kind == "demo", checkpoint.model.context, step)
-        found = choosing.measure(work, checkpoint, text, step) if text is not None and work.recipe.mixed else None
-        scale = 1.0
-        for _ in range(_CHOICES):
-            if found is not None:
-                work, predicted = choosing.settle(work, found, scale)
-            if text is not None:
-                kept = stack.enter_context(store.resumable(folder.parent, _walk_key(work, source, text)))
-            walked = walk.quantize(checkpoint, work.recipe, held, None if text is None else text.windows, kept, step)
-            if found is None or not work.loss_is_budget or walked.weights_only <= work.max_loss:
-                break
-            scale *= walked.weights_only / predicted
+            if engine.calibrates_cache(work.recipe):
+                cache = ranges.cache_ranges(checkpoint, text.windows, step)
+        work, walked, kept = _walk(work, checkpoint, held, source, text, folder.parent, stack, step)
         _copy_side_files(checkpoint, template, folder)
-        compiled = engine.build(Job(checkpoint, work.recipe, work.target, work.context, step, kept), folder)
+        compiled = engine.build(Job(checkpoint, work.recipe, work.target, work.context, step, kept, cache), folder)
         accuracy.save(walked.reference, folder / bundle.REFERENCE)
         draft = _describe(work, source, checkpoint, folder, engine.provider(work.target), tools)
         if compiled is not None:
@@ -122,6 +115,36 @@ def build(work: Plan, progress: Progress) -> Built:
         sealed = bundle.seal(msgspec.structs.replace(draft, gate=result, files=bundle.files_in(folder)))
         (folder / bundle.MANIFEST).write_bytes(data.to_json(sealed))
     return _report(work, sealed, time.monotonic() - started, peak)
+
+
+def _walk(
+    work: Plan,
+    checkpoint: Checkpoint,
+    held: Held,
+    source: Source,
+    text: Calibration | None,
+    parent: Path,
+    stack: ExitStack,
+    progress: Progress,
+) -> tuple[Plan, Walked, Path | None]:
+    """Walk of a plan's recipe, and the folder of its solutions, for a calibrated one, which `stack` removes.
+
+    A mixed recipe is settled first; one that then loses more than its budget is chosen again, by what it lost.
+    """
+    windows = None if text is None else text.windows
+    found = choosing.measure(work, checkpoint, text, progress) if text is not None and work.recipe.mixed else None
+    scale = 1.0
+    for left in reversed(range(_CHOICES)):
+        predicted, kept = 0.0, None
+        if found is not None:
+            work, predicted = choosing.settle(work, found, scale)
+        if text is not None and work.recipe.calibrated:
+            kept = stack.enter_context(store.resumable(parent, _walk_key(work, source, text)))
+        walked = walk.quantize(checkpoint, work.recipe, held, windows, kept, progress)
+        if not left or found is None or not work.loss_is_budget or walked.weights_only <= work.max_loss:
+            break
+        scale *= walked.weights_only / predicted
+    return work, walked, kept
 
 
 def _gate(

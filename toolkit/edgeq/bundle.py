@@ -35,7 +35,10 @@ class Source(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Calibration(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What matrices were fitted to: bundled, self or a path; SHA-256 of the text, or of tokens that the model wrote."""
+    """What matrices, or scales of a cache, were fitted to: bundled, self or a path.
+
+    sha256: of the text, or of tokens that the model wrote.
+    """
 
     source: str
     sha256: str

@@ -61,7 +61,7 @@ def read(checkpoint: Checkpoint, source: str, demo: bool, longest: int, progress
 def _bundled(demo: bool) -> str:
     if demo:
         return (data.folder("demo") / "calibration.txt").read_text(encoding="utf-8")
-    return _text(data.folder("calibration"))
+    return _text(data.folder("texts"))
 
 
 def _text(path: Path) -> str:

@@ -23,7 +23,7 @@ SHORTEST_CONTEXT = 2 * accuracy.PROMPT + accuracy.CONTINUATION
 class Plan:
     """One build: `model` as it was named, `shape` what that is.
 
-    `calibration` is the text that a calibrated recipe is fitted to. `bytes` of weights and `bits_per_weight` are
+    `calibration` is the text that matrices or a cache are fitted to. `bytes` of weights and `bits_per_weight` are
     predictions, `context` counts tokens, `max_loss` is in nats per token, `max_size` in bytes; `loss_is_budget` says
     that someone asked for `max_loss`, which a mixed recipe then spends; `notes` are for people.
     """
@@ -82,7 +82,7 @@ def plan(
         max_loss=wanted.max_loss if max_loss is None else _max_loss(max_loss),
         max_size=max_size,
         loss_is_budget=max_loss is not None and wanted.mixed_bits is None,
-        calibration=_calibration(wanted, calibration_text),
+        calibration=_calibration(wanted, engine, calibration_text),
         bytes=size.weight_bytes(shape, wanted, engine.scale_bits(wanted)),
         bits_per_weight=size.bits_per_weight(shape, wanted, engine.scale_bits(wanted)),
         notes=(*notes, *_notes(model, shape, device, chosen)),
@@ -184,14 +184,15 @@ def _max_loss(wanted: float) -> float:
     return wanted
 
 
-def _calibration(wanted: Recipe, source: str | None) -> str | None:
-    if source is not None and not wanted.calibrated and not wanted.mixed:
+def _calibration(wanted: Recipe, engine: Backend, source: str | None) -> str | None:
+    needed = wanted.calibrated or wanted.mixed or engine.calibrates_cache(wanted)
+    if source is not None and not needed:
         raise UsageFault(
             f"--calibration has no use for {wanted}",
             why=f"{wanted.method} looks at weights alone.",
             run=f"edgeq build ... --recipe {str(wanted).replace(f'-{wanted.method}', '-guided')}",
         )
-    return source or calibration.BUNDLED if wanted.calibrated or wanted.mixed else None
+    return source or calibration.BUNDLED if needed else None
 
 
 def _context(shape: Model, wanted: int | None) -> int:

@@ -1,4 +1,4 @@
-"""An 8-bit cache: its scales hold what the model computes, and decoding with it stays near the float32 one."""
+"""An 8-bit cache: its scales hold what calibration saw, and decoding with it stays near the float32 one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from checkpoints import GENERATIONS, Build, quiet
-from edgeq import backends, bundle, planning
+from edgeq import backends, building, bundle, planning
 from edgeq.backends.base import CacheRanges, Job
 from edgeq.backends.onnx import keyvalues, weights
 from edgeq.checkpoint import Checkpoint
@@ -17,37 +17,6 @@ from edgeq.recipe import parse
 
 IDS = [(7 * n + 3) % 256 for n in range(90)]
 RECIPE = "w16-kv8"
-
-
-def cached(checkpoint: Checkpoint, ids: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Rotated keys and values [heads, tokens, size] of each layer with attention, by transformers."""
-    import torch
-
-    from edgeq import transformer
-
-    with torch.inference_mode():
-        model = transformer.instantiate(checkpoint, lambda _: True)
-        past = model(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
-    kept = [layer for layer in past.layers if getattr(layer, "keys", None) is not None]
-    return [(layer.keys[0].numpy(), layer.values[0].numpy()) for layer in kept]
-
-
-@pytest.mark.parametrize("generation", GENERATIONS)
-def test_ranges_bound_keys_at_every_position_and_are_the_values_own(tiny: Build, generation: str) -> None:
-    checkpoint = Checkpoint.open(tiny(generation))
-    found = keyvalues.calibrated(checkpoint, np.array([IDS], np.int32), quiet)
-    layers = cached(checkpoint, IDS)
-    assert len(found.keys) == len(found.values) == len(layers)
-    for keys, values, (rotated, kept) in zip(found.keys, found.values, layers, strict=True):
-        assert (keys >= abs(rotated).max(axis=1) - 1e-5).all()
-        np.testing.assert_allclose(values, abs(kept).max(axis=1), rtol=1e-5)
-
-
-def test_sampled_texts_are_the_same_in_every_build(tiny: Build) -> None:
-    checkpoint = Checkpoint.open(tiny("3"))
-    first, second = (keyvalues.calibrated(checkpoint, None, quiet) for _ in range(2))
-    np.testing.assert_array_equal(first.keys, second.keys)
-    np.testing.assert_array_equal(first.values, second.values)
 
 
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -73,7 +42,7 @@ def test_the_states_are_a_quarter_as_large(built: Build, generation: str) -> Non
         assert {value.dtype for value in states} == {ir.DataType.INT8}
 
 
-def test_given_ranges_take_the_place_of_calibration(tiny: Build, tmp_path: Path) -> None:
+def test_scales_hold_what_calibration_saw(tiny: Build, tmp_path: Path) -> None:
     import onnx_ir as ir
 
     checkpoint, plan = Checkpoint.open(tiny("3")), planning.plan(str(tiny("3")), target="x86-avx2", recipe_name=RECIPE)
@@ -85,6 +54,31 @@ def test_given_ranges_take_the_place_of_calibration(tiny: Build, tmp_path: Path)
         scales = node.inputs[index].const_value.numpy()
         assert scales.shape == (shape[1], 1, shape[2])
         assert (127 * scales > largest).all()
+
+
+@pytest.mark.parametrize("name", ["demo-qwen2.5", "demo-qwen3", "demo-qwen3.5"])
+def test_the_demos_pass_the_gate_calibrated_with_their_own_text(tmp_path: Path, name: str) -> None:
+    plan = planning.plan(name, target="x86-avx2", backend="onnx", recipe_name=RECIPE, context=256, out=tmp_path / "out")
+    made = building.build(plan, quiet)
+    assert made.gate.kl_mean is not None
+    assert made.gate.kl_mean < 1e-4
+    assert made.memory is None
+    record = bundle.read(plan.out).calibration
+    assert record is not None
+    assert (record.source, record.tokens) == ("bundled", 32 * 512)
+
+
+def test_a_text_can_be_given_for_the_cache_of_a_recipe_that_needs_none_for_weights(tiny: Build, tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text("The cache holds what was read before. " * 50, encoding="utf-8")
+    words = {"target": "x86-avx2", "recipe_name": "w8g32-e8-rtn-kv8", "calibration_text": str(text), "context": 256}
+    plan = planning.plan(str(tiny("3")), backend="onnx", out=tmp_path / "out", **words)  # type: ignore[arg-type]
+    building.build(plan, quiet)
+    record = bundle.read(plan.out).calibration
+    assert record is not None
+    assert (record.source, record.sha256) == (str(text), bundle.sha256(text))
+    with pytest.raises(UsageFault, match="has no use for w8g32-e8-rtn-kv8"):
+        planning.plan(str(tiny("3")), backend="null", **words)  # type: ignore[arg-type]
 
 
 def test_a_channel_that_is_always_zero_has_a_scale_that_divides() -> None:

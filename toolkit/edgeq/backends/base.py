@@ -36,8 +36,8 @@ class CacheRanges:
 class Job:
     """One build: which checkpoint, how quantized, for which device, for how many tokens of context.
 
-    kept: folder of the solutions that a walk found, for a calibrated recipe; cache: what calibration saw, for caches
-    that need it; None: the backend calibrates its own.
+    kept: folder of the solutions that a walk found, for a calibrated recipe; cache: what calibration saw, where the
+    backend calibrates_cache.
     """
 
     checkpoint: Checkpoint
@@ -125,6 +125,10 @@ class Backend(Protocol):
 
     def scale_bits(self, recipe: Recipe) -> int:
         """Bits that it stores for the scale of a plain group."""
+        ...
+
+    def calibrates_cache(self, recipe: Recipe) -> bool:
+        """Whether it keeps a recipe's keys and values in scales that calibration finds, `Job.cache`."""
         ...
 
     def check(self, model: Model, recipe: Recipe) -> None:

@@ -25,7 +25,7 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
     recipe: None for the float model alone. Hidden states are held throughout; beside them, what is larger of a layer
     with what solving it takes, and the ends of the model: logits of some windows and the table's codes. Solving takes
     the second moments of the widest input, their factor, for a guided recipe those with the float model's input and a
-    second layer, and room for each thread.
+    second layer, and room for each thread. Calibrating a cache takes less than the logits.
     """
     shapes = model.tensors()
     sizes: list[int] = [0] * model.layers

@@ -43,6 +43,11 @@ class Layered:
         """Number of layers."""
         return len(self._layers)
 
+    @property
+    def rotated_pairs(self) -> int:
+        """Pairs of a head's channels that turn with the position."""
+        return len(self._model.model.rotary_emb.inv_freq)
+
     @contextmanager
     def layer(self, index: int) -> Iterator[Any]:
         """One layer (torch.nn.Module) with its weights, as long as the block lasts."""

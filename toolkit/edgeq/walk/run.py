@@ -117,7 +117,7 @@ def _begin(
 ) -> States:
     tables = (head.exact(checkpoint, head.TABLE), solutions.rows(head.TABLE))
     exact_held, quantized_held = (head.embed(table, held.windows) for table in tables)
-    if calibration is None:
+    if calibration is None or not recipe.calibrated:
         return States(0, exact_held, quantized_held, exact_held[:0], quantized_held[:0])
     exact, quantized = (head.embed(table, calibration) for table in tables)
     return States(0, exact_held, quantized_held, exact if recipe.guided else exact[:0], quantized)

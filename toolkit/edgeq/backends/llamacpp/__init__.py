@@ -33,6 +33,11 @@ def scale_bits(recipe: Recipe) -> int:  # noqa: ARG001
     return 16
 
 
+def calibrates_cache(recipe: Recipe) -> bool:  # noqa: ARG001
+    """GGML finds the scale of each block of a cache when it is written."""
+    return False
+
+
 def check(model: Model, recipe: Recipe) -> None:
     """Raise UsageFault when GGML's blocks cannot hold a recipe, UnsupportedModel for what llama.cpp cannot load."""
     from edgeq.backends.llamacpp import gguf

@@ -30,6 +30,11 @@ def scale_bits(recipe: Recipe) -> int:
     return recipe.kv_bits
 
 
+def calibrates_cache(recipe: Recipe) -> bool:  # noqa: ARG001
+    """Its caches are in floats."""
+    return False
+
+
 def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001
     """Raise UsageFault for GGML's layouts, zero points, an 8-bit cache, and what a chosen official compiler lacks."""
     if recipe.body.is_ggml or recipe.table.is_ggml:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from edgeq.backends.base import Job, Session
+from edgeq.backends.onnx import keyvalues
 from edgeq.bundle import Bundle
 from edgeq.errors import MissingTool, UsageFault
 from edgeq.model import Model
@@ -27,6 +28,11 @@ def provider(target: Target) -> str:
 def scale_bits(recipe: Recipe) -> int:  # noqa: ARG001
     """MatMulNBits keeps them in the type of its input, float32."""
     return 32
+
+
+def calibrates_cache(recipe: Recipe) -> bool:
+    """An 8-bit one: ONNX Runtime reads its scales from the graph."""
+    return recipe.kv_bits == keyvalues.BITS
 
 
 def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001
@@ -74,9 +80,9 @@ def build(job: Job, out: Path) -> None:
     Raises BackendFault for CUDA on a machine whose installed onnxruntime has no kernels for its GPU, UsageFault for an
     8-bit cache on a GPU.
     """
-    from edgeq.backends.onnx import cuda, graph, keyvalues, weights
+    from edgeq.backends.onnx import cuda, graph, weights
 
-    small = job.recipe.kv_bits == keyvalues.BITS
+    small = calibrates_cache(job.recipe)
     if small and provider(job.target) != "cpu":
         raise UsageFault(
             f"{job.recipe}: the onnx backend keeps an 8-bit cache on processors only",
@@ -89,7 +95,8 @@ def build(job: Job, out: Path) -> None:
             cuda.find()
     model = graph.skeleton(job, out)
     if small:
-        keyvalues.store(model, job.cache or keyvalues.calibrated(job.checkpoint, None, job.progress))
+        assert job.cache is not None
+        keyvalues.store(model, job.cache)
     weights.write(model, job, out)
 
 
