@@ -72,15 +72,19 @@ def solve_output(model: Layered, recipe: Recipe, solutions: Solutions, states: N
     name = head.output(model.checkpoint)
     if layout_of(model.checkpoint.model, recipe, name).is_float:
         return
-    second: Any = torch.zeros(states.shape[2], states.shape[2])
-    with torch.no_grad():
-        for window in states:
+
+    def curved(windows: NDArray[np.float32]) -> gptq.Curvature:
+        second: Any = torch.zeros(states.shape[2], states.shape[2])
+        for window in windows:
             read = model.final_norm(torch.from_numpy(window))
             second.addmm_(read.T, read)
         second.div_(states.shape[0] * states.shape[1])
         if model.checkpoint.model.tied:
             second.diagonal().add_(TABLE_DAMPING * second.diagonal().mean())
-        solutions.keep(_matrix(model, model.checkpoint, recipe, name, gptq.curvature(second), None))
+        return gptq.curvature(second)
+
+    (found,) = model.parallel(curved, [states])
+    solutions.keep(_matrix(model, model.checkpoint, recipe, name, found, None))
 
 
 def _solve(
@@ -101,7 +105,7 @@ def _solve(
         (quantized, states.quantized_calibration),
         weights,
     )
-    curved = gptq.curvature(second)
+    (curved,) = quantized.parallel(gptq.curvature, [second])  # in a thread of one core: the same bits everywhere
     for name in names:
         solved = _matrix(quantized, checkpoint, recipe, name, curved, cross)
         solutions.keep(solved)
