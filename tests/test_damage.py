@@ -13,6 +13,7 @@ import pytest
 
 from checkpoints import quiet
 from edgeq import accuracy, backends, building, bundle, gate, planning
+from edgeq.backends.base import Job
 from edgeq.backends.onnx import weights
 from edgeq.errors import GateFailed
 from edgeq.quantize.solution import Solution
@@ -118,13 +119,13 @@ def test_the_undamaged_demo_is_far_below_its_limit(demo: Callable[[str], Path], 
 def test_a_build_with_a_broken_packer_fails_with_4_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*words: object) -> Solution:
-        found = cast(Solution, solve(*words))  # type: ignore[arg-type]
+    def broken(job: Job, name: str) -> Solution:
+        found = cast(Solution, solve(job.checkpoint, job.recipe, name))
         if "down_proj" in found.name:
             found.scales[:] *= 2
         return found
 
-    monkeypatch.setattr(weights, "solve", broken)
+    monkeypatch.setattr(Job, "solution", broken)
     plan = planning.plan("demo-qwen3", target="x86-avx2", recipe_name=RECIPE, out=tmp_path / "out", context=256)
     with pytest.raises(GateFailed) as caught:
         building.build(plan, quiet)
