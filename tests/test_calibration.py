@@ -218,3 +218,18 @@ def test_a_bundle_is_the_same_bytes_whatever_the_threads_and_the_order_of_sets(
         subprocess.run([sys.executable, "-c", program, *words], env=environment, check=True, capture_output=True)
         made.append(bundle.read(out).files)
     assert made[0] == made[1]
+
+
+def test_the_held_out_text_is_found_among_other_texts(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(data.held_out(), encoding="utf-8")
+    (tmp_path / "b.txt").write_text("Something else.", encoding="utf-8")
+    with pytest.raises(UsageFault, match="the text that the loss is measured on"):
+        calibration.read(checkpoint, str(tmp_path), False, 256, quiet)
+
+
+def test_blank_runs_of_a_text_make_no_empty_questions() -> None:
+    text = "\n\n\n\n".join(f"{number} " + "words " * 400 for number in range(6))
+    template = "{% for message in messages %}<q>{{ message.content }}</q>{% endfor %}"
+    pieces = list(calibration._as_chat(text, template))
+    assert not any("<q></q>" in piece for piece in pieces)
+    assert "".join(pieces).count("words") == 6 * 400

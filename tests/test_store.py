@@ -14,7 +14,7 @@ import pytest
 
 from edgeq import errors, store
 from edgeq.bundle import MANIFEST
-from edgeq.errors import Busy, DiskFault, UsageFault
+from edgeq.errors import Busy, DiskFault, MissingTool, OutOfMemory, UsageFault
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -340,3 +340,17 @@ def test_a_place_that_is_always_taken_is_busy(out: Path, monkeypatch: pytest.Mon
     with pytest.raises(Busy, match="other builds keep replacing it"):
         write_bundle(out, "new")
     assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), OutOfMemory("too large"), MissingTool("gone")])
+def test_a_walk_survives_what_another_run_may_mend(tmp_path: Path, error: Exception) -> None:
+    def stopped() -> None:
+        with store.resumable(tmp_path, "key") as folder:
+            (folder / "done").touch()
+            raise error
+
+    with pytest.raises(type(error)):
+        stopped()
+    with store.resumable(tmp_path, "key") as again:
+        assert (again / "done").is_file()
+    assert not again.exists()

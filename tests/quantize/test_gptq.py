@@ -243,3 +243,12 @@ def test_compensation_is_the_closed_form_and_lowers_what_the_layers_before_have_
 def test_the_error_is_that_of_the_outputs() -> None:
     values, found, hessian = weights(), weights(seed=3), moments()
     assert gptq.error(values, found, hessian) == pytest.approx(lost(values, found, hessian).sum(), rel=1e-4)
+
+
+def test_nothing_of_a_solved_matrix_is_held_afterwards() -> None:
+    import gc
+
+    weights = np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    gptq.quantize(weights, gptq.curvature(torch.eye(64)), recipe.plain(4, 32, symmetric=False), "m")
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each).__name__ == "_Grids"]

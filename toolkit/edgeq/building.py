@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.metadata
+import math
 import shutil
 import time
 from contextlib import ExitStack
@@ -32,6 +34,7 @@ from edgeq.walk.windows import Held
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _TEMPLATE = "chat_template.jinja"
 _CHOICES = 3
+_ROOM = 0.95  # of a loss that is a budget: the engine's own arithmetic comes on top
 _MORE_BITS = "choose a recipe with more bits (edgeq models show MODEL), or allow the loss with --max-loss"
 _BROKEN = "report it with the output of edgeq doctor; another recipe may work"
 
@@ -139,9 +142,10 @@ def _walk(
         if found is not None:
             work, predicted = choosing.settle(work, found, scale)
         if text is not None and work.recipe.calibrated:
-            kept = stack.enter_context(store.resumable(parent, _walk_key(work, source, text)))
+            kept = stack.enter_context(store.resumable(parent, _walk_key(work, source, text, held)))
         walked = walk.quantize(checkpoint, work.recipe, held, windows, kept, progress)
-        if not left or found is None or not work.loss_is_budget or walked.weights_only <= work.max_loss:
+        kept_budget = not work.loss_is_budget or walked.weights_only <= _ROOM * work.max_loss
+        if not left or found is None or kept_budget or not math.isfinite(walked.weights_only):
             break
         scale *= walked.weights_only / predicted
     return work, walked, kept
@@ -173,10 +177,12 @@ def _gate(
     return result, dataclasses.replace(walked.reference, continuation=written)
 
 
-def _walk_key(work: Plan, source: Source, text: Calibration) -> str:
-    """Digest of all that a walk's result depends on."""
+def _walk_key(work: Plan, source: Source, text: Calibration, held: Held) -> str:
+    """Digest of what a walk's result depends on: sources, recipe, both texts, and the packages that compute."""
     layouts = " ".join(layout.name for _, layout in work.recipe.chosen)
-    parts = (VERSION, str(work.recipe), layouts, text.sha256, str(text.windows.shape), str(work.context))
+    packages = (f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "numpy"))
+    texts = (hashlib.sha256(each.windows.tobytes()).hexdigest() for each in (text, held))
+    parts = (VERSION, str(walk.FORMAT), str(work.recipe), layouts, *packages, *texts, str(held.keep))
     return hashlib.sha256("\n".join((*parts, *(file.sha256 for file in source.files))).encode()).hexdigest()[:16]
 
 

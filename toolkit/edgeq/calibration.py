@@ -47,9 +47,9 @@ def read(checkpoint: Checkpoint, source: str, demo: bool, longest: int, progress
         return Calibration(found, SELF, hashlib.sha256(found.tobytes()).hexdigest())
     text = _bundled(demo) if source == BUNDLED else _text(Path(source))
     digest = hashlib.sha256(text.encode()).hexdigest()
-    if text.strip() == data.held_out().strip():
+    if data.held_out().strip() in text:
         raise UsageFault(
-            f"--calibration {source}: this is the text that the loss is measured on",
+            f"--calibration {source}: holds the text that the loss is measured on",
             why="A loss measured on what a model was fitted to says nothing.",
             run="edgeq build ... --calibration with another text",
         )
@@ -87,7 +87,7 @@ def _as_chat(text: str, template: str) -> Iterator[str]:
     before, _, after = chat.render(template, [{"role": "user", "content": _QUESTION}]).partition(_QUESTION)
     piece: list[str] = []
     turn = 0
-    for paragraph in [*text.split("\n\n"), ""]:
+    for paragraph in [*filter(str.strip, text.split("\n\n")), ""]:
         if paragraph and sum(map(len, piece)) < _CHAT_CHARACTERS:
             piece.append(paragraph)
             continue
@@ -131,7 +131,7 @@ def written(checkpoint: Checkpoint, count: int, length: int, progress: Progress)
     """
     import torch
 
-    transformer.check_memory(checkpoint.model)
+    transformer.check_memory(checkpoint.model, beside=count * length * checkpoint.model.kv_bytes_per_token(4))
     model = transformer.instantiate(checkpoint, lambda _: True)
     rng = np.random.default_rng(_SEED)
     tokens = np.empty((count, length), np.int32)

@@ -13,7 +13,7 @@ from edgeq import backends, calibration, recipe, size, sources
 from edgeq.backends.base import Progress
 from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import CorruptInput, NothingFits
+from edgeq.errors import CorruptInput, NothingFits, UsageFault
 from edgeq.model import Model
 from edgeq.planning import MIX, Plan
 from edgeq.quantize import mix
@@ -56,6 +56,11 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
     units = sensitivity.units(checkpoint.model)
     words = [recipe.layout(word) for word in engine.MIXED]
     layouts = {first: _possible(checkpoint.model, first, words) for first in units}
+    if odd := [first for first, possible in layouts.items() if not possible]:
+        raise UsageFault(
+            f"{work.recipe}: no layout of {work.backend} divides the inputs of {odd[0]}",
+            run="edgeq build ... --recipe w4g16-e8-guided, or w16",
+        )
     windows = text.windows[:: max(1, len(text.windows) // WINDOWS)][:WINDOWS]
     with tempfile.TemporaryDirectory(dir=work.out.parent if work.out.parent.is_dir() else None) as scratch:
         path = Path(scratch, "states")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from edgeq import bundle
 from edgeq.bundle import MANIFEST
-from edgeq.errors import Busy, DiskFault, EdgeqError, Interrupted, OutOfMemory, UsageFault
+from edgeq.errors import BackendFault, Busy, DiskFault, EdgeqError, Interrupted, MissingTool, OutOfMemory, UsageFault
 
 _RESERVE = 64 << 20
 _TRIES = 100
@@ -70,7 +70,7 @@ def resumable(parent: Path, key: str) -> Iterator[Path]:
         return
     try:
         yield folder
-    except (Interrupted, OutOfMemory, DiskFault, MemoryError):
+    except (Interrupted, OutOfMemory, DiskFault, BackendFault, MissingTool, OSError, MemoryError):
         raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -17,12 +17,12 @@ _QUANTIZING_BYTES = 6  # of the largest matrix, for each weight: codes, scales, 
 _LIBRARY_BYTES = 600_000_000  # torch, transformers and ONNX Runtime, as measured
 
 
-def check_memory(model: Model) -> None:
-    """Raise OutOfMemory, with the prediction, when a model's float32 reference would not fit this machine's memory."""
+def check_memory(model: Model, beside: int = 0) -> None:
+    """Raise OutOfMemory, with the prediction, when a float32 model and so many bytes beside it would not fit here."""
     import psutil
 
     largest = max(math.prod(shape) for shape in model.tensors().values())
-    needed = FLOAT_BYTES * model.parameters + _QUANTIZING_BYTES * largest + _LIBRARY_BYTES
+    needed = beside + FLOAT_BYTES * model.parameters + _QUANTIZING_BYTES * largest + _LIBRARY_BYTES
     available = min(psutil.virtual_memory().available, this_machine().memory_bytes or sys.maxsize)
     if needed > available:
         raise OutOfMemory(

@@ -9,7 +9,6 @@ lowers the error, others being fixed (cyclic coordinate descent, as in QuantEase
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,9 +167,10 @@ class _Grids:
 
         missing = hessian @ (wanted - self.values(codes))
         group = self.layout.group
+        zeros = torch.from_numpy(np.concatenate(self._parts, axis=1).astype(np.float32))
         for index in range(len(self.steps)):
             here = slice(index * group, (index + 1) * group)
-            zero = -self.low if self.layout.symmetric else torch.from_numpy(self._zeros()[:, index].copy())
+            zero = zeros[:, index]
             levels = codes[here] - zero
             curve = (levels * (hessian[here, here] @ levels)).sum(0)
             slope = (levels * missing[here]).sum(0)
@@ -182,10 +182,6 @@ class _Grids:
             self.steps[index] = rounded
             if not self.layout.symmetric:
                 self.offsets[index] = rounded * zero
-
-    @functools.cache  # noqa: B019
-    def _zeros(self) -> NDArray[np.float32]:
-        return np.concatenate(self._parts, axis=1).astype(np.float32)
 
     def solution(self, codes: Any, name: str) -> Solution | BlockSolution:
         """Solution of codes [inputs, outputs] on these grids."""

@@ -11,6 +11,7 @@ from edgeq.model import Model
 from edgeq.recipe import Recipe
 from edgeq.size import TABLES, is_quantized
 from edgeq.walk.layers import PIECE
+from edgeq.walk.moments import AT_ONCE
 from edgeq.walk.run import LOGITS
 from edgeq.walk.windows import Held
 
@@ -25,7 +26,8 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
     recipe: None for the float model alone. Hidden states are held throughout; beside them, what is larger of a layer
     with what solving it takes, and the ends of the model: logits of some windows and the table's codes. Solving takes
     the second moments of the widest input, their factor, for a guided recipe those with the float model's input and a
-    second layer, and room for each thread. Calibrating a cache takes less than the logits.
+    second layer, what some windows read, the solved matrix, and room for each thread. Calibrating a cache takes less
+    than the logits.
     """
     shapes = model.tensors()
     sizes: list[int] = [0] * model.layers
@@ -44,9 +46,11 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
     states *= 2
     if recipe.calibrated:
         sides = 2 if recipe.guided else 1
-        inputs = max(shape[1] for name, shape in shapes.items() if is_quantized(name) and name not in TABLES)
+        matrices = [shape for name, shape in shapes.items() if is_quantized(name) and name not in TABLES]
+        inputs = max(shape[1] for shape in matrices)
         states += sides * model.hidden * tokens
-        layer = sides * layer + (1 + sides) * inputs * inputs + _ARRAYS * physical_cores() * PIECE
+        layer = sides * (layer + AT_ONCE * _WINDOW * inputs) + max(map(math.prod, matrices))
+        layer += (1 + sides) * inputs * inputs + _ARRAYS * physical_cores() * PIECE
     if recipe.guided:
         ends = max(ends, 3 * _FLOAT * min(tokens, _WINDOW) * model.vocab)
     return int(_LIBRARY_BYTES + _FLOAT * states + max(_FLOAT * layer, ends))

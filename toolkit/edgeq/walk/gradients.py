@@ -9,6 +9,7 @@ square, which the theory gives, rests on too few tokens.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -60,7 +61,9 @@ def forwards(model: Layered, tokens: NDArray[np.int32], scratch: Path, progress:
     import torch
 
     states = head.embed(head.exact(model.checkpoint, head.TABLE), tokens)
-    kept = np.memmap(scratch, np.uint16, "w+", shape=(model.count, *states.shape))
+    with scratch.open("wb") as stream:  # a full disk is an error here, and the end of the process in a mapped file
+        os.posix_fallocate(stream.fileno(), 0, 2 * model.count * states.size)
+    kept = np.memmap(scratch, np.uint16, "r+", shape=(model.count, *states.shape))
     for index in range(model.count):
         progress("gradients", index, 2 * model.count)
         kept[index] = torch.from_numpy(states).to(torch.bfloat16).view(torch.uint16).numpy()

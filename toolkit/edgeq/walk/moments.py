@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from edgeq.walk.layered import Layered
 
 _ROWS = 1024
-_AT_ONCE = 4
+AT_ONCE = 4
+"""Windows whose inputs are held together."""
 
 
 class _Reached(Exception):
@@ -63,8 +64,8 @@ def moments(
     second: Any = torch.zeros(inputs, inputs)
     cross: Any = torch.zeros(inputs, inputs) if exact else None
     blocks = [slice(start, min(start + _ROWS, inputs)) for start in range(0, inputs, _ROWS)]
-    for start in range(0, len(states), _AT_ONCE):
-        group = range(start, min(start + _AT_ONCE, len(states)))
+    for start in range(0, len(states), AT_ONCE):
+        group = range(start, min(start + AT_ONCE, len(states)))
         read = _inputs(*quantized, index, name, group)
         missing = (
             [wanted - found for wanted, found in zip(_inputs(*exact, index, name, group), read, strict=True)]

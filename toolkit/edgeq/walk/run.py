@@ -30,6 +30,8 @@ from edgeq.walk.windows import Held
 
 LOGITS = 1 << 25
 """Logits that are held at once, of all windows together, of each model."""
+FORMAT = 1
+"""Counts changes of what a walk finds: one that was stopped by another edgeq is not gone on with."""
 _GRADIENTS, _WEIGHTS = "gradients.bin", "weights.npy"
 
 
