@@ -84,6 +84,7 @@ def test_a_budget_that_nothing_keeps_is_refused_with_one_that_works(tiny: Build)
         choosing.settle(tight, sensitivities(tight))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["onnx", "llamacpp"])
 def test_a_built_mix_records_its_layouts_and_keeps_its_bits(tiny: Build, tmp_path: Path, backend: str) -> None:
     if backend == "llamacpp":

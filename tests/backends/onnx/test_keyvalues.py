@@ -56,6 +56,7 @@ def test_scales_hold_what_calibration_saw(tiny: Build, tmp_path: Path) -> None:
         assert (127 * scales > largest).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["demo-qwen2.5", "demo-qwen3", "demo-qwen3.5"])
 def test_the_demos_pass_the_gate_calibrated_with_their_own_text(tmp_path: Path, name: str) -> None:
     plan = planning.plan(name, target="x86-avx2", backend="onnx", recipe_name=RECIPE, context=256, out=tmp_path / "out")
