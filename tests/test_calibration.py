@@ -48,6 +48,17 @@ def test_the_bundled_text_of_a_demo_is_cut_into_windows_from_start_to_end(checkp
     assert found.windows[-1].tolist() == ids[-64:]
 
 
+@pytest.mark.parametrize("file", sorted(data.folder("texts").iterdir()), ids=lambda file: file.name)
+def test_a_shipped_text_is_utf8_and_no_mere_fragment(file: Path) -> None:
+    assert file.suffix == ".txt"
+    assert len(file.read_text(encoding="utf-8")) > 2000
+
+
+def test_the_shipped_texts_fill_every_window_of_other_checkpoints(checkpoint: Checkpoint) -> None:
+    found = read(checkpoint, "bundled", longest=calibration.LENGTH)
+    assert found.windows.shape == (calibration.WINDOWS, calibration.LENGTH)
+
+
 def test_a_file_and_a_folder_of_files_in_the_order_of_their_names(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for name, text in (("b.md", "second " * 40), ("a.txt", "first " * 40), ("c.bin", "third " * 40)):
         (tmp_path / name).write_text(text, encoding="utf-8")

@@ -63,7 +63,6 @@ def test_the_demos_pass_the_gate_calibrated_with_their_own_text(tmp_path: Path, 
     made = building.build(plan, quiet)
     assert made.gate.kl_mean is not None
     assert made.gate.kl_mean < 1e-4
-    assert made.memory is None
     record = bundle.read(plan.out).calibration
     assert record is not None
     assert (record.source, record.tokens) == ("bundled", 32 * 512)
