@@ -91,7 +91,7 @@ class Engine:
 
     def moments(self, ids: Sequence[int], tokens: int) -> list[float]:
         """Not asked: dequantized weights have no speed of their own."""
-        raise NotImplementedError(f"{len(ids)} tokens, {tokens} more")
+        raise ValueError(f"AutoRound has no engine to time: {len(ids)} tokens, {tokens} more")
 
 
 if __name__ == "__main__":
