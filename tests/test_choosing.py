@@ -106,6 +106,22 @@ def test_a_built_mix_records_its_layouts_and_keeps_its_bits(tiny: Build, tmp_pat
     assert not list(tmp_path.glob(".edgeq*"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnx", "llamacpp"])
+@pytest.mark.parametrize("generation", ["3", "3.5"])
+def test_a_bundles_bytes_are_predicted(tiny: Build, tmp_path: Path, backend: str, generation: str) -> None:
+    if backend == "llamacpp":
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed", exc_type=ImportError)
+    folder = tiny(generation, multimodal=generation == "3.5")
+    work = plan(folder, recipe_name="w4g32-e8-rtn", backend=backend, out=tmp_path / "bundle", max_loss=1000.0)
+    beside = choosing._other_bytes(work, Checkpoint.open(folder))
+    predicted = work.bytes - size.float_bytes(work.shape) + beside
+    building.build(dataclasses.replace(work, max_size=None), quiet)
+    found = bundle.read(tmp_path / "bundle").bytes
+    spare = sum(path.stat().st_size for path in folder.glob("*.json")) + (200_000 if backend == "onnx" else 2_000)
+    assert found <= predicted <= found + spare
+
+
 def test_a_preview_settles_a_mix_and_leaves_other_plans_alone(tiny: Build, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")

@@ -232,7 +232,7 @@ def test_compensation_is_the_closed_form_and_lowers_what_the_layers_before_have_
     cross = torch.from_numpy(((exact - read).T @ read / len(read)).astype(np.float32))
     curvature = gptq.curvature(torch.from_numpy((read.T @ read / len(read)).astype(np.float32)))
     values = weights(8, 64)
-    found = gptq.compensated(values, cross, curvature)
+    found = gptq.compensated(values, torch.from_numpy(values) @ cross, curvature)
     inverse = np.linalg.inv(curvature.hessian.double().numpy())
     wanted = values + gptq.SHARE * values.astype(np.float64) @ cross.double().numpy() @ inverse
     np.testing.assert_allclose(found, wanted, rtol=2e-3, atol=1e-5)

@@ -21,7 +21,7 @@ TEXT = data.held_out()[:6000]
 def measure(checkpoint: Checkpoint, layouts: list[Layout], scratch: Path) -> dict[str, list[Any]]:
     tokens = windows.windows(checkpoint.folder, TEXT, 6, 64, checkpoint.model.vocab)
     every = dict.fromkeys(sensitivity.units(checkpoint.model), layouts)
-    return sensitivity.measure(checkpoint, every, 16, tokens, scratch / "states", quiet)
+    return sensitivity.measure(checkpoint, every, 16, tokens, scratch, quiet)
 
 
 @pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])

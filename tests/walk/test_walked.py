@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from checkpoints import GENERATIONS, Build, quiet
 from edgeq import accuracy, data, transformer
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import Interrupted
+from edgeq.errors import CorruptInput, Interrupted
 from edgeq.quantize.kept import Solutions
 from edgeq.quantize.solution import BlockSolution, Solution
 from edgeq.recipe import parse
 from edgeq.size import is_quantized
 from edgeq.walk import gradients, head, run, windows
 from edgeq.walk.layered import Layered
-from edgeq.walk.moments import moments, stages
+from edgeq.walk.moments import moments, recorded, stages
 from edgeq.walk.run import Walked
 from edgeq.walk.windows import Held
 
@@ -90,7 +90,7 @@ def test_matrices_that_read_one_tensor_are_one_stage(layered: Layered) -> None:
 
 @pytest.mark.parametrize("layered", GENERATIONS, indirect=True)
 @pytest.mark.parametrize("weighed", [False, True])
-def test_moments_are_those_of_what_the_matrix_reads(layered: Layered, weighed: bool) -> None:
+def test_moments_are_those_of_what_the_matrix_reads(layered: Layered, tmp_path: Path, weighed: bool) -> None:
     random = np.random.default_rng(0)
     exact, quantized = (random.normal(size=(5, 16, 64)).astype(np.float32) for _ in range(2))
     weights = random.uniform(0.1, 2, (5, 16)).astype(np.float32) if weighed else None
@@ -100,21 +100,30 @@ def test_moments_are_those_of_what_the_matrix_reads(layered: Layered, weighed: b
         seen: list[NDArray[np.float32]] = []
         hook = layered.linear(name).register_forward_pre_hook(lambda _, read: seen.append(read[0][0].numpy().copy()))
         with torch.no_grad():
-            for window in (*exact, *quantized):
+            after = [layered.run(0, torch.from_numpy(window)).numpy() for window in exact]
+            for window in quantized:
                 layered.run(0, torch.from_numpy(window))
         hook.remove()
-        second, cross = moments(name, 0, (layered, exact), (layered, quantized), weights)
-        plain, nothing = moments(name, 0, None, (layered, quantized))
+        read = recorded(layered, 0, [name], exact, tmp_path)[name]
+        np.testing.assert_array_equal(exact, np.stack(after))
+        matrix = torch.from_numpy(layered.checkpoint.tensor(name))
+        second, cross = moments(layered, 0, name, quantized, read, weights=weights)
+        _, through = moments(layered, 0, name, quantized, read, matrix, weights)
+        plain, nothing = moments(layered, 0, name, quantized)
     x, q = (np.stack(part).astype(np.float64) for part in (seen[:5], seen[5:]))
+    np.testing.assert_array_equal(read, x)
     np.testing.assert_allclose(second.numpy(), np.einsum("wti,wtj->ij", each * q, q) / 80, atol=1e-6)
-    np.testing.assert_allclose(cross.numpy(), np.einsum("wti,wtj->ij", each * (x - q), q) / 80, atol=1e-6)
+    wanted = np.einsum("wti,wtj->ij", each * (x - q), q) / 80
+    np.testing.assert_allclose(cross.numpy(), wanted, atol=1e-6)
+    np.testing.assert_allclose(through.numpy(), matrix.double().numpy() @ wanted, atol=1e-6)
     np.testing.assert_allclose(plain.numpy(), np.einsum("wti,wtj->ij", q, q) / 80, atol=1e-6)
     assert nothing is None
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("layered", GENERATIONS, indirect=True)
 def test_tokens_matter_as_autograd_over_the_whole_model_says(layered: Layered, tmp_path: Path) -> None:
-    found = gradients.token_weights(layered, CALIBRATION, tmp_path / "scratch", quiet)
+    found = gradients.token_weights(layered, CALIBRATION, tmp_path, quiet)
     weights: NDArray[np.float32] = found[0]
     checkpoint = layered.checkpoint
     model = transformer.instantiate(checkpoint, lambda _: True)
@@ -139,7 +148,7 @@ def test_tokens_matter_as_autograd_over_the_whole_model_says(layered: Layered, t
     wanted /= wanted.mean(axis=(1, 2), keepdims=True)
     np.testing.assert_allclose(weights.mean(axis=(1, 2)), 1, rtol=1e-5)
     np.testing.assert_allclose(weights, wanted, rtol=0.03, atol=0.01)  # states between layers are kept in 16 bits
-    assert not (tmp_path / "scratch").exists()
+    assert not any(tmp_path.iterdir())
 
 
 @each_generation
@@ -171,6 +180,30 @@ def test_a_walk_that_was_stopped_goes_on_to_the_same_bits_and_solves_no_layer_tw
     assert again.weights_only == straight.weights_only
     for each in filter(is_quantized, checkpoint.model.tensors()):
         np.testing.assert_array_equal(again.solutions.values(each), straight.solutions.values(each), err_msg=each)
+
+
+@pytest.mark.parametrize(
+    "broken", ["states.json", "exact_held.1.npy", "weights.npy", "model.layers.0.mlp.up_proj.weight"]
+)
+def test_what_a_stopped_walk_kept_is_not_gone_on_with_when_it_is_damaged(
+    tiny: Build, tmp_path: Path, broken: str
+) -> None:
+    checkpoint = Checkpoint.open(tiny("3"))
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if (phase, done) == ("layers", 1):
+            raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted):
+        walked(checkpoint, "w4g32-e8-guided", tmp_path / "kept", stop)
+    if broken.startswith("model."):
+        (tmp_path / "kept" / f"{broken}.npz").unlink()
+    else:
+        (tmp_path / "kept" / broken).write_bytes(b"{")
+    with pytest.raises(CorruptInput, match="kept") as caught:
+        walked(checkpoint, "w4g32-e8-guided", tmp_path / "kept").solutions.values("model.layers.0.mlp.up_proj.weight")
+    assert caught.value.run is not None
+    assert f"rm -r {tmp_path / 'kept'}" in caught.value.run
 
 
 @pytest.mark.parametrize("name", ["w4g32-e8-gptq", "w4g32-e8-guided"])

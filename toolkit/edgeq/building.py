@@ -136,17 +136,21 @@ def _walk(
     """
     windows = None if text is None else text.windows
     found = choosing.measure(work, checkpoint, text, progress) if text is not None and work.recipe.mixed else None
-    scale = 1.0
+    scale, kept = 1.0, None
     for left in reversed(range(_CHOICES)):
-        predicted, kept = 0.0, None
+        predicted = 0.0
         if found is not None:
             work, predicted = choosing.settle(work, found, scale)
-        if text is not None and work.recipe.calibrated:
-            kept = stack.enter_context(store.resumable(parent, _walk_key(work, source, text, held)))
-        walked = walk.quantize(checkpoint, work.recipe, held, windows, kept, progress)
-        kept_budget = not work.loss_is_budget or walked.weights_only <= _ROOM * work.max_loss
-        if not left or found is None or kept_budget or not math.isfinite(walked.weights_only):
-            break
+        with ExitStack() as trial:
+            if text is not None and work.recipe.calibrated:
+                kept = trial.enter_context(store.resumable(parent, _walk_key(work, source, text, held)))
+                needed = work.bytes + footprint.disk(checkpoint.model, work.recipe, int(text.windows.size))
+                store.require_room(kept, needed - sum(path.stat().st_size for path in kept.iterdir()))
+            walked = walk.quantize(checkpoint, work.recipe, held, windows, kept, progress)
+            kept_budget = not work.loss_is_budget or walked.weights_only <= _ROOM * work.max_loss
+            if not left or found is None or kept_budget or not math.isfinite(walked.weights_only):
+                stack.enter_context(trial.pop_all())
+                break
         scale *= walked.weights_only / predicted
     return work, walked, kept
 

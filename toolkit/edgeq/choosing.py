@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeq import backends, calibration, recipe, size, sources
-from edgeq.backends.base import Progress
+from edgeq.backends.base import Job, Progress
 from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import CorruptInput, NothingFits, UsageFault
@@ -21,10 +21,8 @@ from edgeq.quantize.mix import Option
 from edgeq.recipe import Layout
 from edgeq.walk import sensitivity
 
-WINDOWS = 4
 _FITTED = {"gptq": 0.4, "guided": 0.25}  # loss of a matrix against that of its rounding alone, on the demos
 _AIM = 0.9
-_GRAPH_BYTES = 300_000  # graph, metadata, alignment
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,11 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
             f"{work.recipe}: no layout of {work.backend} divides the inputs of {odd[0]}",
             run="edgeq build ... --recipe w4g16-e8-guided, or w16",
         )
-    windows = text.windows[:: max(1, len(text.windows) // WINDOWS)][:WINDOWS]
-    with tempfile.TemporaryDirectory(dir=work.out.parent if work.out.parent.is_dir() else None) as scratch:
-        path = Path(scratch, "states")
-        found = sensitivity.measure(checkpoint, layouts, engine.scale_bits(work.recipe), windows, path, progress)
+    windows = text.windows[:: max(1, len(text.windows) // sensitivity.WINDOWS)][: sensitivity.WINDOWS]
+    with tempfile.TemporaryDirectory(dir=work.out.parent if work.out.parent.is_dir() else None) as folder:
+        found = sensitivity.measure(
+            checkpoint, layouts, engine.scale_bits(work.recipe), windows, Path(folder), progress
+        )
     if not all(math.isfinite(option.loss) for options in found.values() for option in options):
         raise CorruptInput("the checkpoint's own float32 logits are not finite", run="download the checkpoint again")
     fitted = _FITTED.get(work.recipe.method, 1.0)
@@ -87,14 +86,11 @@ def _possible(model: Model, name: str, layouts: Sequence[Layout]) -> list[Layout
 
 
 def _other_bytes(work: Plan, checkpoint: Checkpoint) -> int:
-    """Predicted bytes of a bundle beside its quantized matrices: side files, floats, rotary caches, graph."""
-    model = checkpoint.model
+    """Predicted bytes of a bundle beside its quantized matrices: side files, and what the backend writes."""
     files = sum(path.stat().st_size for path in checkpoint.folder.iterdir() if path.suffix in (".json", ".jinja"))
-    return _float_bytes(model) + 4 * work.context * model.head_dim + files + _GRAPH_BYTES
-
-
-def _float_bytes(model: Model) -> int:
-    return 4 * sum(math.prod(shape) for name, shape in model.tensors().items() if not size.is_quantized(name))
+    even = dataclasses.replace(work.recipe, chosen=(), mixed=False)
+    job = Job(checkpoint, even, work.target, work.context, lambda *_: None)
+    return files + backends.get(work.backend).beside_bytes(job)
 
 
 def settle(work: Plan, found: Sensitivities, scale: float = 1.0) -> tuple[Plan, float]:
@@ -105,7 +101,7 @@ def settle(work: Plan, found: Sensitivities, scale: float = 1.0) -> tuple[Plan, 
     """
     room = math.inf if work.max_size is None else float(work.max_size - found.other_bytes)
     if work.recipe.mixed_bits is not None:
-        room = min(room, work.recipe.mixed_bits * work.shape.parameters / 8 - _float_bytes(work.shape))
+        room = min(room, work.recipe.mixed_bits * work.shape.parameters / 8 - size.float_bytes(work.shape))
     options = {
         name: [dataclasses.replace(option, loss=scale * option.loss) for option in given]
         for name, given in found.options.items()

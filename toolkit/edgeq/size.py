@@ -81,6 +81,11 @@ def weight_bytes(model: Model, recipe: Recipe, scale_bits: int = 32) -> int:
     return total
 
 
+def float_bytes(model: Model) -> int:
+    """Predicted bytes of the tensors that no recipe touches."""
+    return sum(4 * math.prod(shape) for name, shape in model.tensors().items() if not is_quantized(name))
+
+
 def bits_per_weight(model: Model, recipe: Recipe, scale_bits: int = 32) -> float:
     """Predicted mean bits per weight of the whole text model."""
     return 8 * weight_bytes(model, recipe, scale_bits) / model.parameters

@@ -31,12 +31,7 @@ def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
     out = out.resolve()
     _refuse_foreign(out)
     missing = [parent for parent in out.parents if not parent.exists()]
-    free = shutil.disk_usage(out.parents[len(missing)]).free
-    if free < needed_bytes + _RESERVE:
-        raise DiskFault(
-            f"{out.parent}: {free / 1e9:.2f} GB free, the build needs about {(needed_bytes + _RESERVE) / 1e9:.2f} GB",
-            run="free some space, or choose another disk with -o",
-        )
+    require_room(out.parents[len(missing)], needed_bytes)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=".edgeq.", dir=out.parent))
     try:
@@ -63,7 +58,10 @@ def resumable(parent: Path, key: str) -> Iterator[Path]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = folder.stat().st_ino == os.fstat(handle).st_ino  # not one that another process has just removed
     except OSError:
+        ours = False
+    if not ours:
         os.close(handle)
         with tempfile.TemporaryDirectory(prefix=".edgeq.", dir=parent) as own:
             yield Path(own)
@@ -79,6 +77,16 @@ def resumable(parent: Path, key: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(handle)
+
+
+def require_room(folder: Path, needed_bytes: int) -> None:
+    """Raise DiskFault when so many more bytes do not fit the disk of a folder."""
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes + _RESERVE:
+        raise DiskFault(
+            f"{folder}: {free / 1e9:.2f} GB free, the build needs about {(needed_bytes + _RESERVE) / 1e9:.2f} GB more",
+            run="free some space, or choose another disk with -o",
+        )
 
 
 def _refuse_foreign(out: Path) -> None:

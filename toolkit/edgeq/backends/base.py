@@ -131,6 +131,10 @@ class Backend(Protocol):
         """Whether it keeps a recipe's keys and values in scales that calibration finds, `Job.cache`."""
         ...
 
+    def beside_bytes(self, job: Job) -> int:
+        """Predicted bytes of what `build` writes beside the matrices that recipes quantize."""
+        ...
+
     def check(self, model: Model, recipe: Recipe) -> None:
         """Raise UsageFault, with a recipe that works, when the engine cannot hold one."""
         ...

@@ -52,17 +52,17 @@ def curvature(hessian: Any) -> Curvature:
     return Curvature(hessian, factor)
 
 
-def compensated(weights: NDArray[np.float32], cross: Any, curved: Curvature) -> NDArray[np.float32]:
+def compensated(weights: NDArray[np.float32], missed: Any, curved: Curvature) -> NDArray[np.float32]:
     """Weights [outputs, inputs] that make up for what the layers before have lost, as far as `SHARE` goes.
 
-    cross: mean of (x - q) q^T, where x is a matrix's input in the float model and q in the quantized one. W x is best
-    approximated from q by W + W cross H^-1 (GPTAQ, https://arxiv.org/abs/2504.02692); all of it fits noise too.
+    missed: mean of W (x - q) q^T, a tensor [outputs, inputs], where x is a matrix's input in the float model and q in
+    the quantized one. W x is best approximated from q by W + missed H^-1 (GPTAQ, https://arxiv.org/abs/2504.02692); all
+    of it fits noise too.
     """
     import torch
 
-    wanted = torch.from_numpy(weights)
-    moved = wanted @ cross @ curved.factor.T @ curved.factor
-    found: NDArray[np.float32] = (wanted + SHARE * moved).numpy()
+    moved = missed @ curved.factor.T @ curved.factor
+    found: NDArray[np.float32] = (torch.from_numpy(weights) + SHARE * moved).numpy()
     return found
 
 

@@ -27,12 +27,13 @@ class Solutions:
     """Quantized matrices by name: read where they were kept, else solved by the recipe's method without calibration."""
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, folder: Path | None = None) -> None:
-        self._checkpoint, self._recipe, self._folder = checkpoint, recipe, folder
+        self._checkpoint, self._recipe, self.folder = checkpoint, recipe, folder
 
     def __call__(self, name: str) -> Solution | BlockSolution:
         """Solution of one matrix; raises CorruptInput when the kept file is damaged, and what solving raises."""
         path = self._path(name)
-        if path is None or not path.is_file():
+        walked = self._recipe.calibrated and name.startswith("model.layers.")
+        if path is None or not (path.is_file() or walked):
             return solve(self._checkpoint, self._recipe, name)
         layout = layout_of(self._checkpoint.model, self._recipe, name)
         try:
@@ -69,7 +70,7 @@ class Solutions:
         partial.replace(path)
 
     def _path(self, name: str) -> Path | None:
-        return None if self._folder is None else self._folder / f"{name}.npz"
+        return None if self.folder is None else self.folder / f"{name}.npz"
 
 
 def _read(arrays: Mapping[str, NDArray[Any]], layout: Layout, name: str) -> Solution | BlockSolution:

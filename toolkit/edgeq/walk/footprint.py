@@ -1,4 +1,4 @@
-"""How much memory a walk takes, from shapes alone."""
+"""How much memory a walk takes, and how much of a disk, from shapes alone."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ from edgeq.errors import OutOfMemory
 from edgeq.machine import physical_cores, this_machine
 from edgeq.model import Model
 from edgeq.recipe import Recipe
-from edgeq.size import TABLES, is_quantized
+from edgeq.size import TABLES, is_quantized, layout_of
 from edgeq.walk.layers import PIECE
 from edgeq.walk.moments import AT_ONCE
 from edgeq.walk.run import LOGITS
+from edgeq.walk.sensitivity import WINDOWS
 from edgeq.walk.windows import Held
 
 _LIBRARY_BYTES = 700_000_000  # torch, transformers and ONNX Runtime, as measured
 _FLOAT = 4
+_SOLVED = (0.6, 1.2)  # bytes of a kept weight of up to 4 bits, and of one of more, with its scales
 _ARRAYS, _WINDOW = 8, 512  # temporaries of a thread that solves; tokens of a calibration window
 
 
 def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) -> int:
     """Bytes of anonymous memory at the peak of a walk over held-out windows and `tokens` of calibration.
 
-    recipe: None for the float model alone. Hidden states are held throughout; beside them, what is larger of a layer
-    with what solving it takes, and the ends of the model: logits of some windows and the table's codes. Solving takes
-    the second moments of the widest input, their factor, for a guided recipe those with the float model's input and a
-    second layer, what some windows read, the solved matrix, and room for each thread. Calibrating a cache takes less
-    than the logits.
+    recipe: None for the float model alone. The largest of: a layer with what solving it takes, and the ends of the
+    model, logits of some windows and the table's codes. Solving takes the second moments of the widest input, their
+    factor, for a guided recipe what the layers before have lost, what some windows read, the solved matrix, and room
+    for each thread; hidden states are in files then. A guided recipe's gradients are held twice beside the states, a
+    mix is measured with what all matrices of a layer read and write. Calibrating a cache takes less than the logits.
     """
     shapes = model.tensors()
-    sizes: list[int] = [0] * model.layers
+    sizes, channels = [0] * model.layers, [0] * model.layers
     for name, shape in shapes.items():
         if name.startswith("model.layers."):
-            sizes[int(name.split(".")[2])] += math.prod(shape)
+            index = int(name.split(".")[2])
+            sizes[index] += math.prod(shape)
+            channels[index] += sum(shape) if is_quantized(name) else 0
     layer = max(sizes)
     count, length = map(int, held.windows.shape)
     at_once = min(count, max(1, LOGITS // (length * model.vocab)))
@@ -45,15 +49,39 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
     ends = 4 * _FLOAT * logits + table * (2 if recipe.table.is_float else 1)
     states *= 2
     if recipe.calibrated:
-        sides = 2 if recipe.guided else 1
         matrices = [shape for name, shape in shapes.items() if is_quantized(name) and name not in TABLES]
-        inputs = max(shape[1] for shape in matrices)
-        states += sides * model.hidden * tokens
-        layer = sides * (layer + AT_ONCE * _WINDOW * inputs) + max(map(math.prod, matrices))
-        layer += (1 + sides) * inputs * inputs + _ARRAYS * physical_cores() * PIECE
-    if recipe.guided:
-        ends = max(ends, 3 * _FLOAT * min(tokens, _WINDOW) * model.vocab)
+        widest = max(inputs for _, inputs in matrices)
+        solving = 2 * AT_ONCE * _WINDOW * widest + _ARRAYS * physical_cores() * PIECE
+        solving += max(_solving(outputs, inputs, recipe.guided) for outputs, inputs in matrices)
+        if recipe.guided or recipe.mixed:
+            logits = 3 * min(tokens, _WINDOW) * model.vocab
+            text = model.hidden * tokens * (3 if recipe.guided else 0)
+            watched = WINDOWS * _WINDOW * max(channels) if recipe.mixed else 0
+            ends = max(ends, _FLOAT * (text + max(layer + watched, logits)))
+        layer += solving
     return int(_LIBRARY_BYTES + _FLOAT * states + max(_FLOAT * layer, ends))
+
+
+def _solving(outputs: int, inputs: int, guided: bool) -> int:
+    """Values that are held to solve one matrix: moments, their factor, codes and values, what was lost before."""
+    return 2 * inputs * inputs + outputs * inputs + (min(outputs, inputs) * inputs if guided else 0)
+
+
+def disk(model: Model, recipe: Recipe, tokens: int) -> int:
+    """Bytes of files that a walk over `tokens` of calibration holds at its peak: states, what a layer reads, solutions.
+
+    Gradients want the states before each layer, 2 bytes a value; later states are held twice, before and after a layer.
+    """
+    if not recipe.calibrated:
+        return 0
+    inputs, codes = [0] * model.layers, 0.0
+    for name, shape in filter(lambda each: is_quantized(each[0]), model.tensors().items()):
+        if name not in TABLES:
+            inputs[int(name.split(".")[2])] += shape[1]
+        codes += math.prod(shape) * _SOLVED[layout_of(model, recipe, name).bits > 4]
+    states: int = model.hidden * tokens
+    walking = _FLOAT * (2 * states + (2 * states + max(inputs) * tokens if recipe.guided else 0))
+    return int(codes) + max(walking, 2 * model.layers * states if recipe.guided else 0)
 
 
 def require(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) -> None:

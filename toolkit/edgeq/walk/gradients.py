@@ -9,7 +9,6 @@ square, which the theory gives, rests on too few tokens.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.backends.base import Progress
-from edgeq.walk import head
+from edgeq.walk import head, scratch
 from edgeq.walk.layered import Layered
 
 _SEED = 20
@@ -42,55 +41,62 @@ class Backward:
 
 
 def token_weights(
-    model: Layered, tokens: NDArray[np.int32], scratch: Path, progress: Progress
+    model: Layered, tokens: NDArray[np.int32], folder: Path, progress: Progress
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Weights of each token for each layer, [layers, windows, length], with mean 1 in each; states after the last one.
 
-    Walks forwards and backwards; the states between layers are kept in the file `scratch`, 2 bytes a value.
+    Walks forwards and backwards; the states between layers are kept in a file of `folder`, 2 bytes a value.
     """
     weights = np.empty((model.count, *tokens.shape), np.float32)
-    states = forwards(model, tokens, scratch, progress)
-    for layer in backwards(model, head.slopes(model, states, _SEED), scratch, progress):
+    states, between = forwards(model, tokens, folder, progress)
+    for layer in backwards(model, head.slopes(model, states, _SEED), between, progress):
         weights[layer.index] = np.linalg.norm(layer.after, axis=2)
     weights /= weights.mean(axis=(1, 2), keepdims=True)
     return weights, states
 
 
-def forwards(model: Layered, tokens: NDArray[np.int32], scratch: Path, progress: Progress) -> NDArray[np.float32]:
-    """States [windows, length, hidden] after the last layer; those before each layer go to the file `scratch`."""
+def forwards(
+    model: Layered, tokens: NDArray[np.int32], folder: Path, progress: Progress
+) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
+    """States [windows, length, hidden] after the last layer, and those before each layer, [layers, ...].
+
+    The latter hold bfloat16 and lie in a file of `folder` that goes with them.
+    """
     import torch
 
     states = head.embed(head.exact(model.checkpoint, head.TABLE), tokens)
-    with scratch.open("wb") as stream:  # a full disk is an error here, and the end of the process in a mapped file
-        os.posix_fallocate(stream.fileno(), 0, 2 * model.count * states.size)
-    kept = np.memmap(scratch, np.uint16, "r+", shape=(model.count, *states.shape))
+    between = scratch.unnamed(folder, (model.count, *states.shape), np.uint16)
     for index in range(model.count):
         progress("gradients", index, 2 * model.count)
-        kept[index] = torch.from_numpy(states).to(torch.bfloat16).view(torch.uint16).numpy()
+        between[index] = torch.from_numpy(states).to(torch.bfloat16).view(torch.uint16).numpy()
         with model.layer(index):
             model.advance(index, states)
-    return states
+    return states, between
 
 
 def backwards(
-    model: Layered, slopes: NDArray[np.float32], scratch: Path, progress: Progress, *, watch: bool = False
+    model: Layered,
+    slopes: NDArray[np.float32],
+    between: NDArray[np.uint16],
+    progress: Progress,
+    *,
+    watch: bool = False,
 ) -> Iterator[Backward]:
     """Every layer from the last to the first; `slopes` are the gradients after it, and afterwards those before it.
 
-    watch: find what every matrix that recipes quantize reads, and the gradient at what it writes. The file `scratch`
-    that `forwards` left is removed at the end.
+    between: as `forwards` found them. watch: find what every matrix that recipes quantize reads, and the gradient at
+    what it writes.
     """
     import torch
 
     total = 2 * model.count
-    kept = np.memmap(scratch, np.uint16, "r", shape=(model.count, *slopes.shape))
     for index in reversed(range(model.count)):
         progress("gradients", total - 1 - index, total)
         found = Backward(index, slopes.copy())
         with model.layer(index):
 
             def back(window: int, index: int = index, found: Backward = found) -> Any:
-                before = torch.from_numpy(kept[index, window].copy()).view(torch.bfloat16).to(torch.float32)
+                before = torch.from_numpy(between[index, window].copy()).view(torch.bfloat16).to(torch.float32)
                 watched = model.matrices(index) if watch else []
                 return _pull_back(model, index, before, torch.from_numpy(found.after[window]), watched)
 
@@ -101,7 +107,6 @@ def backwards(
                     found.written.setdefault(name, []).append(written[name])
         yield found
     progress("gradients", total, total)
-    scratch.unlink()
 
 
 def _pull_back(

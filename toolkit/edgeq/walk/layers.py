@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.checkpoint import Checkpoint
-from edgeq.errors import GateFailed
+from edgeq.errors import CorruptInput, GateFailed
 from edgeq.quantize import gptq
 from edgeq.quantize.kept import Solutions
 from edgeq.quantize.solve import joined, require_finite, worst_loss
@@ -19,7 +17,7 @@ from edgeq.recipe import Recipe
 from edgeq.size import layout_of
 from edgeq.walk import head
 from edgeq.walk.layered import Layered
-from edgeq.walk.moments import moments, stages
+from edgeq.walk.moments import moments, recorded, stages
 from edgeq.walk.states import States
 
 PIECE = 1 << 22
@@ -40,22 +38,20 @@ def step(
     weights: of each calibration token, [windows, length]; None: all alike.
     """
     index = states.layer
-    with ExitStack() as stack:
-        if not recipe.guided:
-            with exact.layer(index):
-                exact.advance(index, states.exact_held)
-        else:
-            stack.enter_context(exact.layer(index))
-        stack.enter_context(quantized.layer(index))
+    read: dict[str, NDArray[np.float32]] = {}
+    with exact.layer(index):
+        exact.advance(index, states.exact_held)
+        if recipe.guided:
+            assert solutions.folder is not None
+            firsts = [names[0] for names in stages(exact, index, states.exact_calibration[0])]
+            read = recorded(exact, index, firsts, states.exact_calibration, solutions.folder)
+    with quantized.layer(index):
         if recipe.calibrated:
             for names in stages(quantized, index, states.quantized_calibration[0]):
-                _solve(exact, quantized, recipe, solutions, states, weights, names)
+                _solve(quantized, recipe, solutions, states, weights, names, read.pop(names[0], None))
         else:
             for name in quantized.matrices(index):
                 quantized.replace(name, solutions.values(name))
-        if recipe.guided:
-            exact.advance(index, states.exact_held)
-            exact.advance(index, states.exact_calibration)
         quantized.advance(index, states.quantized_held)
         quantized.advance(index, states.quantized_calibration)
     states.layer += 1
@@ -73,7 +69,7 @@ def solve_output(model: Layered, recipe: Recipe, solutions: Solutions, states: N
     if layout_of(model.checkpoint.model, recipe, name).is_float:
         return
 
-    def curved(windows: NDArray[np.float32]) -> gptq.Curvature:
+    def moments(windows: NDArray[np.float32]) -> Any:
         second: Any = torch.zeros(states.shape[2], states.shape[2])
         for window in windows:
             read = model.final_norm(torch.from_numpy(window))
@@ -81,53 +77,72 @@ def solve_output(model: Layered, recipe: Recipe, solutions: Solutions, states: N
         second.div_(states.shape[0] * states.shape[1])
         if model.checkpoint.model.tied:
             second.diagonal().add_(TABLE_DAMPING * second.diagonal().mean())
-        return gptq.curvature(second)
+        return second
 
-    (found,) = model.parallel(curved, [states])
-    solutions.keep(_matrix(model, model.checkpoint, recipe, name, found, None))
+    (second,) = model.parallel(moments, [states])
+    solutions.keep(_matrix(model, recipe, name, _curved(model, second, name), None))
 
 
 def _solve(
-    exact: Layered,
-    quantized: Layered,
+    model: Layered,
     recipe: Recipe,
     solutions: Solutions,
     states: States,
     weights: NDArray[np.float32] | None,
     names: Sequence[str],
+    exact: NDArray[np.float32] | None,
 ) -> None:
-    """Solve the matrices of one stage, which read the same, and put them into the quantized model's layer."""
-    checkpoint, index = exact.checkpoint, states.layer
-    second, cross = moments(
-        names[0],
-        index,
-        (exact, states.exact_calibration) if recipe.guided else None,
-        (quantized, states.quantized_calibration),
-        weights,
-    )
-    (curved,) = quantized.parallel(gptq.curvature, [second])  # in a thread of one core: the same bits everywhere
+    """Solve the matrices of one stage, which read the same, and put them into the quantized model's layer.
+
+    exact: what they read in the float model. What the layers before have lost is summed as one matrix passes it on
+    where that is smaller.
+    """
+    import torch
+
+    outputs, inputs = model.checkpoint.model.tensors()[names[0]]
+    through = None
+    if exact is not None and len(names) == 1 and outputs < inputs:
+        through = torch.from_numpy(model.checkpoint.tensor(names[0]))
+    second, missed = moments(model, states.layer, names[0], states.quantized_calibration, exact, through, weights)
+    del through
+    curved = _curved(model, second, names[0])
     for name in names:
-        solved = _matrix(quantized, checkpoint, recipe, name, curved, cross)
+        solved = _matrix(model, recipe, name, curved, missed)
         solutions.keep(solved)
-        quantized.replace(name, solved.dequantize())
+        model.replace(name, solved.dequantize())
 
 
-def _matrix(
-    model: Layered,
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    name: str,
-    curved: gptq.Curvature,
-    cross: Any,
-) -> Any:
-    """Solution of one matrix, rows in parallel; raises GateFailed when it is not the matrix any more."""
+def _curved(model: Layered, second: Any, name: str) -> gptq.Curvature:
+    """Curvature of second moments, found in a thread of one core: the same bits everywhere."""
+    import torch
+
+    try:
+        (curved,) = model.parallel(gptq.curvature, [second])
+    except torch.linalg.LinAlgError as error:
+        raise CorruptInput(
+            f"what {name} reads is not finite, or all zero", why=str(error), run="download the checkpoint again"
+        ) from error
+    return curved
+
+
+def _matrix(model: Layered, recipe: Recipe, name: str, curved: gptq.Curvature, missed: Any) -> Any:
+    """Solution of one matrix, rows in parallel; raises GateFailed when it is not the matrix any more.
+
+    missed: second result of `moments`, [outputs, inputs] when it was found through this matrix; None: nothing.
+    """
+    import torch
+
+    checkpoint = model.checkpoint
     layout = layout_of(checkpoint.model, recipe, name)
     outputs, inputs = checkpoint.model.tensors()[name]
     at_once = PIECE // inputs
 
     def rows(start: int) -> tuple[Any, float, float]:
         weights = checkpoint.rows(name, start, min(start + at_once, outputs))
-        wanted = weights if cross is None else gptq.compensated(weights, cross, curved)
+        wanted = weights
+        if missed is not None:
+            less = missed[start : start + at_once] if len(missed) < inputs else torch.from_numpy(weights) @ missed
+            wanted = gptq.compensated(weights, less, curved)
         made = gptq.quantize(wanted, curved, layout, name)
         require_finite(made, weights, recipe)
         lost = gptq.error(wanted, made.dequantize(), curved.hessian)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.walk import scratch
 from edgeq.walk.layered import Layered
 
 _ROWS = 1024
@@ -44,47 +47,90 @@ def stages(model: Layered, index: int, window: NDArray[np.float32]) -> list[list
     return [names for _, names in found]
 
 
-def moments(
-    name: str,
-    index: int,
-    exact: tuple[Layered, NDArray[np.float32]] | None,
-    quantized: tuple[Layered, NDArray[np.float32]],
-    weights: NDArray[np.float32] | None = None,
-) -> tuple[Any, Any]:
-    """Means of w q q^T and of w (x - q) q^T over all tokens, float32 tensors [inputs, inputs].
+def recorded(
+    model: Layered, index: int, names: Sequence[str], states: NDArray[np.float32], folder: Path
+) -> dict[str, NDArray[np.float32]]:
+    """What some matrices of a loaded layer read while it advances states [windows, length, hidden], which it replaces.
 
-    x and q are the inputs of one matrix in the float model and in the quantized one; each model is given with its
-    loaded layer's hidden states [windows, length, hidden]. The second mean is None where the float model is not given.
-    weights: w of each token, [windows, length]; 1 without.
+    Arrays [windows, length, inputs] in files of `folder` that go with them.
     """
     import torch
 
-    states = quantized[1]
-    inputs = quantized[0].linear(name).in_features
+    found = {name: scratch.unnamed(folder, (*states.shape[:2], model.linear(name).in_features)) for name in names}
+    windows: dict[int, int] = {}
+
+    def note(name: str, values: Any) -> None:
+        found[name][windows[threading.get_ident()]] = values[0].numpy()
+
+    def step(window: int) -> None:
+        windows[threading.get_ident()] = window
+        states[window] = model.run(index, torch.from_numpy(states[window])).numpy()
+
+    hooks = [
+        model.linear(name).register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))
+        for name in names
+    ]
+    try:
+        model.parallel(step, range(len(states)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def moments(
+    model: Layered,
+    index: int,
+    name: str,
+    states: NDArray[np.float32],
+    exact: NDArray[np.float32] | None = None,
+    through: Any = None,
+    weights: NDArray[np.float32] | None = None,
+) -> tuple[Any, Any]:
+    """Means of w q q^T and of w P (x - q) q^T over all tokens, float32 [inputs, inputs] and [rows of P, inputs].
+
+    q is what one matrix reads in the quantized model, given with its loaded layer's states [windows, length, hidden];
+    x is what it reads in the float model, `exact` [windows, length, inputs]: the second mean is None without it.
+    through: P, a tensor [any, inputs]; the identity without. weights: w of each token, [windows, length]; 1 without.
+    """
+    import torch
+
+    inputs = model.linear(name).in_features
     second: Any = torch.zeros(inputs, inputs)
-    cross: Any = torch.zeros(inputs, inputs) if exact else None
-    blocks = [slice(start, min(start + _ROWS, inputs)) for start in range(0, inputs, _ROWS)]
+    missed: Any = None if exact is None else torch.zeros(inputs if through is None else len(through), inputs)
     for start in range(0, len(states), AT_ONCE):
         group = range(start, min(start + AT_ONCE, len(states)))
-        read = _inputs(*quantized, index, name, group)
-        missing = (
-            [wanted - found for wanted, found in zip(_inputs(*exact, index, name, group), read, strict=True)]
-            if exact
-            else []
-        )
+        read = _inputs(model, states, index, name, group)
+        less = [] if exact is None else _less(model, [exact[window] for window in group], read, through)
         if weights is not None:
-            for each, window in zip([*read, *missing], [*group, *group], strict=False):
-                each *= torch.from_numpy(np.sqrt(weights[window]))[:, None]
-
-        def add(rows: slice, read: Sequence[Any] = read, missing: Sequence[Any] = missing) -> None:
-            for found in read:
-                second[rows].addmm_(found[:, rows].T, found)
-            for found, less in zip(read, missing, strict=False):
-                cross[rows].addmm_(less[:, rows].T, found)
-
-        quantized[0].parallel(add, blocks)
+            for values, window in zip([*read, *less], [*group, *group], strict=False):
+                values *= torch.from_numpy(np.sqrt(weights[window]))[:, None]
+        _add(model, second, read, read)
+        if less:
+            _add(model, missed, less, read)
     count = states.shape[0] * states.shape[1]
-    return second.div_(count), cross.div_(count) if exact else None
+    return second.div_(count), None if missed is None else missed.div_(count)
+
+
+def _less(model: Layered, exact: Sequence[NDArray[np.float32]], read: Sequence[Any], through: Any) -> list[Any]:
+    """What some windows read less than in the float model, as a matrix passes it on."""
+    import torch
+
+    def less(pair: tuple[NDArray[np.float32], Any]) -> Any:
+        missing = torch.from_numpy(pair[0]) - pair[1]
+        return missing if through is None else missing @ through.T
+
+    return model.parallel(less, list(zip(exact, read, strict=True)))
+
+
+def _add(model: Layered, total: Any, left: Sequence[Any], right: Sequence[Any]) -> None:
+    """Add the products left^T right of several windows to a total, some rows in each thread."""
+
+    def add(rows: slice) -> None:
+        for one, other in zip(left, right, strict=True):
+            total[rows].addmm_(one[:, rows].T, other)
+
+    model.parallel(add, [slice(start, min(start + _ROWS, len(total))) for start in range(0, len(total), _ROWS)])
 
 
 def _inputs(model: Layered, states: NDArray[np.float32], index: int, name: str, windows: Sequence[int]) -> list[Any]:

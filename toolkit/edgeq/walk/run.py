@@ -30,9 +30,9 @@ from edgeq.walk.windows import Held
 
 LOGITS = 1 << 25
 """Logits that are held at once, of all windows together, of each model."""
-FORMAT = 1
+FORMAT = 2
 """Counts changes of what a walk finds: one that was stopped by another edgeq is not gone on with."""
-_GRADIENTS, _WEIGHTS = "gradients.bin", "weights.npy"
+_WEIGHTS = "weights.npy"
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,8 @@ def quantize(
         states = states or _begin(checkpoint, recipe, solutions, held, calibration)
         while states.layer < exact.count:
             progress("layers", states.layer, exact.count)
+            if folder is not None:
+                states = states.copied(folder)
             layers.step(exact, quantized, recipe, solutions, states, None if weights is None else weights[states.layer])
             if folder is not None:
                 states.save(folder)
@@ -136,12 +138,17 @@ def _token_weights(
     """Weights of calibration tokens; on the way the output layer is solved, for the float model's last states."""
     kept = folder / _WEIGHTS
     if not kept.is_file():
-        found, states = gradients.token_weights(model, calibration, folder / _GRADIENTS, progress)
+        found, states = gradients.token_weights(model, calibration, folder, progress)
         layers.solve_output(model, recipe, solutions, states)
         partial = kept.with_suffix(".partial.npy")
         np.save(partial, found)
         partial.replace(kept)
-    weights: NDArray[np.float32] = np.load(kept, allow_pickle=False)
+    try:
+        weights: NDArray[np.float32] = np.load(kept, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise CorruptInput(
+            f"{kept}: not the weights that a walk kept", why=str(error), run=f"rm -r {folder}, then build again"
+        ) from error
     return weights
 
 

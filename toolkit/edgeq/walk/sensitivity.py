@@ -26,7 +26,9 @@ from edgeq.size import TABLES, is_quantized
 from edgeq.walk import gradients, head
 from edgeq.walk.layered import Layered
 
-_ROWS = 4096
+WINDOWS = 4
+"""Windows of the calibration text that are enough to measure over."""
+_ROWS, _TOKENS = 4096, 64
 _SEED = 21
 
 
@@ -44,20 +46,20 @@ def measure(
     layouts: Mapping[str, Sequence[Layout]],
     scale_bits: int,
     tokens: NDArray[np.int32],
-    scratch: Path,
+    folder: Path,
     progress: Progress,
 ) -> dict[str, list[Option]]:
     """Options of every unit for the layouts that it may have, losses measured over token windows [count, length].
 
-    Rounding is that of clipped grids. `scratch` is a file for the states between layers, 2 bytes a value.
+    Rounding is that of clipped grids. `folder` is for a file of the states between layers, 2 bytes a value.
     """
     shapes, together = checkpoint.model.tensors(), units(checkpoint.model)
     losses: dict[tuple[str, str], float] = {}
     model = Layered(checkpoint)
     try:
-        final = gradients.forwards(model, tokens, scratch, progress)
+        final, between = gradients.forwards(model, tokens, folder, progress)
         slopes = head.slopes(model, final, _SEED)
-        for layer in gradients.backwards(model, slopes, scratch, progress, watch=True):
+        for layer in gradients.backwards(model, slopes, between, progress, watch=True):
             for first in filter(layer.read.__contains__, together):
                 for layout in layouts[first]:
                     losses[first, layout.name] = sum(_loss(model, name, layout, layer) for name in together[first])
@@ -124,11 +126,14 @@ def _divergence(changes: NDArray[Any]) -> float:
 
 def _spread(scores: NDArray[np.float32], changes: NDArray[np.float32]) -> float:
     """Half the variance of changes of logits [tokens, vocabulary] under the prediction: KL to the second order."""
-    chances = np.exp(scores - scores.max(axis=1, keepdims=True))
-    chances /= chances.sum(axis=1, keepdims=True)
-    mean = (chances * changes).sum(axis=1, dtype=np.float64)
-    square = (chances * np.square(changes)).sum(axis=1, dtype=np.float64)
-    return float((square - np.square(mean)).mean()) / 2
+    found = []
+    for start in range(0, len(scores), _TOKENS):
+        here = slice(start, start + _TOKENS)
+        chances = np.exp(scores[here] - scores[here].max(axis=1, keepdims=True))
+        chances /= chances.sum(axis=1, keepdims=True)
+        mean = (chances * changes[here]).sum(axis=1, dtype=np.float64)
+        found.append((chances * np.square(changes[here])).sum(axis=1, dtype=np.float64) - np.square(mean))
+    return float(np.concatenate(found).mean()) / 2
 
 
 def _lost(checkpoint: Checkpoint, name: str, layout: Layout, which: slice | NDArray[np.intp]) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-_FILE = "states.npz"
+from edgeq.errors import CorruptInput
+from edgeq.walk import scratch
+
+_LAYER = "states.json"
 Hidden = NDArray[np.float32]
 
 
@@ -26,17 +30,34 @@ class States:
     exact_calibration: Hidden
     quantized_calibration: Hidden
 
+    def copied(self, folder: Path) -> States:
+        """The same states in files of a folder, where a layer may change them; what `save` kept stays as it is."""
+        paths = _paths(folder, self.layer + 1)
+        return States(self.layer, **{name: scratch.copied(path, getattr(self, name)) for name, path in paths.items()})
+
     def save(self, folder: Path) -> None:
-        """Keep the states in a folder, in one step."""
-        partial = folder / f"{_FILE}.{os.getpid()}.partial"
-        with partial.open("wb") as stream:
-            np.savez(stream, **vars(self))
-        partial.replace(folder / _FILE)
+        """Keep states that were copied into the folder and moved one layer on, in one step."""
+        for name in _paths(folder, self.layer):
+            getattr(self, name).flush()
+        partial = folder / f"{_LAYER}.{os.getpid()}.partial"
+        partial.write_text(json.dumps(self.layer))
+        partial.replace(folder / _LAYER)
 
     @classmethod
     def load(cls, folder: Path) -> States | None:
-        """States that `save` kept, None where there are none."""
-        if not (folder / _FILE).is_file():
+        """States that `save` kept, None where there are none; raises CorruptInput when they cannot be read."""
+        if not (folder / _LAYER).is_file():
             return None
-        with np.load(folder / _FILE, allow_pickle=False) as arrays:
-            return cls(layer=int(arrays["layer"]), **{name: arrays[name] for name in arrays.files if name != "layer"})
+        try:
+            layer = int(json.loads((folder / _LAYER).read_text()))
+            return cls(layer, **{name: np.load(path, mmap_mode="r") for name, path in _paths(folder, layer).items()})
+        except (ValueError, TypeError, EOFError, OSError) as error:
+            raise CorruptInput(
+                f"{folder}: not the states that a walk kept", why=str(error), run=f"rm -r {folder}, then build again"
+            ) from error
+
+
+def _paths(folder: Path, layer: int) -> dict[str, Path]:
+    """Files of the states before a layer, which those before its neighbours leave alone."""
+    names = ("exact_held", "quantized_held", "exact_calibration", "quantized_calibration")
+    return {name: folder / f"{name}.{layer % 2}.npy" for name in names}

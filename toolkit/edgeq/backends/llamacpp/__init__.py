@@ -38,6 +38,13 @@ def calibrates_cache(recipe: Recipe) -> bool:  # noqa: ARG001
     return False
 
 
+def beside_bytes(job: Job) -> int:
+    """Bytes of vectors, metadata with the vocabulary, and a prediction head."""
+    from edgeq.backends.llamacpp import gguf
+
+    return gguf.beside_bytes(job)
+
+
 def check(model: Model, recipe: Recipe) -> None:
     """Raise UsageFault when GGML's blocks cannot hold a recipe, UnsupportedModel for what llama.cpp cannot load."""
     from edgeq.backends.llamacpp import gguf

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,32 @@ def write(job: Job, out: Path) -> None:
     Raises UsageFault when GGML's blocks cannot hold the recipe, UnsupportedModel when llama.cpp cannot run the layers,
     and what reading the tokenizer and `solve` raise.
     """
+    alignment = _write_header(job, out / MODEL)
+    _write_tensors(job, out / MODEL, alignment)
+
+
+def beside_bytes(job: Job) -> int:
+    """Bytes of the file beside the matrices that recipes quantize; raises what reading the tokenizer raises."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, MODEL)
+        alignment = _write_header(job, path)
+        size = path.stat().st_size
+    vectors = {
+        name: shape for name, shape in _shapes(job).items() if not is_quantized(name) or name in job.checkpoint.head
+    }
+    return (
+        size + sum(_stored_bytes(job, name, shape) for name, shape in vectors.items()) + alignment * len(_shapes(job))
+    )
+
+
+def _write_header(job: Job, path: Path) -> int:
+    """Write metadata and what is known of the tensors; returns what their places are multiples of."""
     import gguf
 
     logging.getLogger("gguf").setLevel(logging.WARNING)
     model = job.checkpoint.model
     blocks.check(model, job.recipe)
-    writer = gguf.GGUFWriter(out / MODEL, _ARCHITECTURES[model.generation])
+    writer = gguf.GGUFWriter(path, _ARCHITECTURES[model.generation])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_size_label(_size_label(model))
     _add_shape(writer, model, heads=1 if job.checkpoint.head else 0)
@@ -52,17 +73,25 @@ def write(job: Job, out: Path) -> None:
     writer.add_string("edgeq.recipe", str(job.recipe))
     for name, shape in _shapes(job).items():
         kind = gguf.GGMLQuantizationType[_format(job, name)]
-        values, size = gguf.GGML_QUANT_SIZES[kind]
         stored = shape if len(shape) < 3 else (shape[0], shape[2])
         naming = head if name in job.checkpoint.head else tensors
         writer.add_tensor_info(
-            naming.gguf_name(model, name), stored, np.dtype(np.float32), math.prod(shape) // values * size, kind
+            naming.gguf_name(model, name), stored, np.dtype(np.float32), _stored_bytes(job, name, shape), kind
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     writer.close()
-    _write_tensors(job, out / MODEL, writer.data_alignment)
+    alignment: int = writer.data_alignment
+    return alignment
+
+
+def _stored_bytes(job: Job, name: str, shape: tuple[int, ...]) -> int:
+    import gguf
+
+    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[_format(job, name)]]
+    stored: int = math.prod(shape) // values * size
+    return stored
 
 
 def _shapes(job: Job) -> dict[str, tuple[int, ...]]:

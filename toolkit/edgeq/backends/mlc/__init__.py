@@ -7,6 +7,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from edgeq import size
 from edgeq.backends.base import Job, Session
 from edgeq.backends.mlc import checks, library, official
 from edgeq.bundle import Bundle, Compiled
@@ -33,6 +34,11 @@ def scale_bits(recipe: Recipe) -> int:
 def calibrates_cache(recipe: Recipe) -> bool:  # noqa: ARG001
     """Its caches are in floats."""
     return False
+
+
+def beside_bytes(job: Job) -> int:
+    """Bytes of vectors; those of the library are not predicted."""
+    return size.float_bytes(job.checkpoint.model)
 
 
 def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001

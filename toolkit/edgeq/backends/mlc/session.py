@@ -34,12 +34,13 @@ class MlcSession:
     """
 
     def __init__(self, module: Any, device: Any, folder: Path, bundle: Bundle) -> None:
-        from tvm import relax, runtime
+        from tvm import runtime
+        from tvm.runtime.vm import VirtualMachine
 
         self._runtime, self._device = runtime, device
         self._limit, self._model = bundle.context, read_config(bundle.config)
         devices = [device] if _api(device) == "cpu" else [device, runtime.cpu()]
-        self._vm = relax.VirtualMachine(module, devices)
+        self._vm = VirtualMachine(module, devices)
         self._metadata: Mapping[str, Any] = json.loads(str(self._vm["_metadata"]()))
         self._chunk = int(self._metadata["prefill_chunk_size"])
         self._verify_chunk = int(self._metadata.get("verify_chunk_size", self._chunk))

@@ -7,6 +7,7 @@ import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
 
+from edgeq import size
 from edgeq.backends.base import Job, Session
 from edgeq.backends.onnx import keyvalues
 from edgeq.bundle import Bundle
@@ -17,6 +18,7 @@ from edgeq.target import Target
 
 ENGINE = ("onnxruntime",)
 MIXED = ("w2g64", "w4g128", "w4g64", "w4g32", "w4ag32", "w8g128", "w8g32")
+_GRAPH_BYTES = 24_000  # of a layer in both graphs
 _BUILD_TOOLS = (*ENGINE, "onnxruntime-genai", "onnx-ir", "transformers", "torch", "numpy", "ml-dtypes")
 
 
@@ -33,6 +35,13 @@ def scale_bits(recipe: Recipe) -> int:  # noqa: ARG001
 def calibrates_cache(recipe: Recipe) -> bool:
     """An 8-bit one: ONNX Runtime reads its scales from the graph."""
     return recipe.kv_bits == keyvalues.BITS
+
+
+def beside_bytes(job: Job) -> int:
+    """Predicted bytes of vectors, of the tables of rotations, and of the graphs."""
+    model = job.checkpoint.model
+    rotations = 4 * job.context * model.head_dim
+    return size.float_bytes(model) + rotations + _GRAPH_BYTES * (model.layers + 1)
 
 
 def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001
