@@ -13,8 +13,8 @@ from pathlib import Path
 import msgspec
 
 from edgeq import data
-from edgeq.accuracy import Accuracy
 from edgeq.errors import CorruptInput, MissingTool
+from edgeq.loss import Accuracy
 from edgeq.machine import Machine
 
 SCHEMA = 1

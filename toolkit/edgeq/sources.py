@@ -5,12 +5,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgeq import catalog, data, hub
+from edgeq import catalog, data
 from edgeq.bundle import Source
-from edgeq.checkpoint import Checkpoint
 from edgeq.errors import UsageFault
 from edgeq.model import Model, read_config
+from edgeq.tensorfile import JSON_CAP, read_capped, strict_object
+
+if TYPE_CHECKING:
+    from edgeq.checkpoint import Checkpoint
 
 DEMOS = ("demo-qwen2.5", "demo-qwen3", "demo-qwen3.5")
 _HUB_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
@@ -42,6 +46,8 @@ def find(model: str, *, offline: bool) -> Origin:
     """
     if (local := _local(model)) is not None:
         return local
+    from edgeq import hub
+
     found = hub.download(*_on_hub(model), offline)
     return Origin("hub", found.repo, found.folder, found.revision)
 
@@ -53,10 +59,30 @@ def shape(name: str, *, offline: bool) -> tuple[str, Model]:
     Raises UsageFault when nothing is called so, and what `Checkpoint.open`, `hub.config` and `read_config` raise.
     """
     if (local := _local(name)) is not None:
+        from edgeq.checkpoint import Checkpoint
+
         return local.short_name, Checkpoint.open(local.folder).model
+    return _elsewhere(name, offline)
+
+
+def configured(name: str, *, offline: bool) -> tuple[str, Model]:
+    """Short name and shape of what `shape` knows, from `config.json` alone: a folder needs no weights.
+
+    Raises what `shape` raises.
+    """
+    if (local := _local(name)) is not None:
+        path = local.folder / "config.json"
+        return local.short_name, read_config(strict_object(read_capped(path, JSON_CAP), str(path)))
+    return _elsewhere(name, offline)
+
+
+def _elsewhere(name: str, offline: bool) -> tuple[str, Model]:
+    """Short name and shape of a catalogue name or a hub id."""
     if name.lower() in catalog.names():
         entry = catalog.load(name)
         return entry.name, entry.model
+    from edgeq import hub
+
     repo, revision = _on_hub(name)
     return _short(repo), read_config(hub.config(repo, revision, offline))
 

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from edgeq.errors import CorruptInput, DiskFault, PermissionRefused
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 JSON_CAP = 2 << 20
 PIECE = 1 << 19
@@ -178,6 +179,8 @@ def pieces(entry: Entry, start: int, stop: int) -> Iterator[tuple[int, NDArray[A
     Each piece holds at most 2^19 values and is valid until the next one: they share one buffer.
     Raises CorruptInput when the file ends before its tensor, PermissionRefused or DiskFault when it cannot be read.
     """
+    import numpy as np
+
     buffer = np.empty(min(PIECE, stop - start), np.dtype(f"<u{entry.width}"))
     with reading(entry.file), entry.file.open("rb", buffering=0) as stream:
         stream.seek(entry.offset + start * entry.width)
@@ -197,6 +200,8 @@ def _fill(stream: Any, wanted: memoryview, entry: Entry) -> None:
 
 def read_float32(entry: Entry, start: int, stop: int) -> NDArray[np.float32]:
     """Values `start` to `stop` of a BF16, F16 or F32 tensor as a flat float32 copy."""
+    import numpy as np
+
     found = np.empty(stop - start, np.float32)
     for at, piece in pieces(entry, start, stop):
         part = found[at - start : at - start + len(piece)]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeq import backends, bundle, model, profiles, recipe
-from edgeq.accuracy import Accuracy
 from edgeq.errors import UsageFault
+from edgeq.loss import Accuracy
 from edgeq.machine import Machine, physical_cores
 from edgeq.profiles import Identity, Load, Memory, Placement, Profile
 from edgeq.profiling import messages, process, rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from edgeq.accuracy import Accuracy
+from edgeq.loss import Accuracy
 from edgeq.profiles import Energy, Phase, Placement, Repetition
 
 
