@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from edgeq.backends.base import Job
-from edgeq.backends.mlc import devices, official_weights, tensor_cache
+from edgeq.backends.mlc import OFFICIAL_PYTHON, devices, official_weights, tensor_cache
 from edgeq.backends.mlc.library import file_name, link_command, require
 from edgeq.backends.mlc.official_weights import DTYPES, Parameters
 from edgeq.bundle import Compiled, MemoryPlan
@@ -33,7 +33,7 @@ from edgeq.model import Model
 from edgeq.recipe import Recipe
 from edgeq.target import Target
 
-VARIABLE = "EDGEQ_MLC_PYTHON"
+VARIABLE = OFFICIAL_PYTHON
 """Environment variable: a Python that has mlc_llm, whose packages bring a TVM of their own."""
 BUILT_IN = "the built-in compiler: pip install 'edgeq[tvm]'"
 INSTALL = (
