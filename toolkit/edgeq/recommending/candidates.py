@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from edgeq import backends, catalog, data, profiles, recipe, size
+from edgeq import backends, data, profiles, recipe, size
 from edgeq.catalog import Entry
 from edgeq.errors import UnsupportedModel, UsageFault
 from edgeq.estimating.estimate import PROMPT, Estimate, estimate
@@ -30,7 +30,7 @@ def find(target: Target, context: int, *, recipes: Iterable[str] = (), engines: 
     rows = measured_rows(target)
     anchors = _anchors(rows.values())
     found = []
-    for entry in (catalog.load(name) for name in catalog.names()):
+    for entry in ordering.of_catalogue().entries.values():
         model = entry.model
         wanted = [recipe.parse(name) for name in recipes or target.recipes]
         wanted += [recipe.parse(key[1]) for key in rows if key[0] == entry.name]
@@ -41,14 +41,13 @@ def find(target: Target, context: int, *, recipes: Iterable[str] = (), engines: 
                     found.append(_measured(entry, model, each, row, target, context))
                 elif _holds(model, each, backend):
                     found.append(_estimated(entry, model, each, target, backend, context, anchors.get(backend)))
-    known = set(catalog.names())
-    found += [_unknown(row, context) for key, row in rows.items() if key[0] not in known]
+    found += [_unknown(row, context) for key, row in rows.items() if key[0] not in ordering.of_catalogue().entries]
     return found
 
 
 def measured_rows(target: Target) -> dict[Key, Profile]:
     """Valid profiles of a target: shipped ones, then those in `./profiles`, which `edgeq profile --save` writes."""
-    names = {_short(entry.hub): entry.name for entry in map(catalog.load, catalog.names())}
+    names = {_short(entry.hub): name for name, entry in ordering.of_catalogue().entries.items()}
     rows = {}
     for folder in (data.folder("profiles"), Path("profiles")):
         for path in sorted((folder / target.name).glob("*.json")):

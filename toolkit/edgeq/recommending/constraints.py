@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from edgeq import catalog
 from edgeq.errors import UsageFault
 from edgeq.estimating.speed import Range
+from edgeq.recommending import ordering
 from edgeq.recommending.document import Candidate, Constraints
 from edgeq.units import show_bytes
 
@@ -63,7 +63,7 @@ def _kind(candidate: Candidate, wanted: Constraints) -> Iterator[Miss]:
         yield Miss("license", NEVER, f"{candidate.license or 'unknown licence'}: not for commercial use")
     if candidate.hub is None:
         return
-    entry = catalog.load(candidate.model)
+    entry = ordering.of_catalogue().entries[candidate.model]
     able = {"vision": "image" in entry.modality, "video": "video" in entry.modality, "thinking": entry.thinking != "never"}
     for word in wanted.capability:
         if not able[word]:

@@ -1,0 +1,122 @@
+"""Which model, recipe and backend for a device: candidates, constraints, the front and one choice with its reasons."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import msgspec
+
+from edgeq import detect
+from edgeq.errors import NothingFits
+from edgeq.estimating.memory import usable_bytes
+from edgeq.recommending import candidates, constraints, front
+from edgeq.recommending.constraints import Miss
+from edgeq.recommending.document import Candidate, Constraints, Recommendation
+
+CONTEXT = 4096
+_SHOWN = ("chosen", "eligible", "rejected")
+
+
+def recommend(
+    target: str,
+    *,
+    context: int | None = None,
+    wanted: Constraints | None = None,
+    recipes: Iterable[str] = (),
+    engines: Iterable[str] = (),
+) -> Recommendation:
+    """Candidates for a target, best first, with the choice or null when none meets all constraints.
+
+    context: tokens that the cache has room for, 4096 when None; half of them are in it when speeds are compared.
+    recipes, engines: instead of the target's own. Raises UsageFault for unknown words.
+    """
+    wanted = wanted or Constraints()
+    constraints.check(wanted)
+    device, context = detect.resolve(target), context or CONTEXT
+    usable = usable_bytes(device)
+    found = front.timed(candidates.find(device, context, recipes=recipes, engines=engines))
+    misses = [constraints.missed(each, wanted, usable) for each in found]
+    eligible = front.marked([each for each, missed in zip(found, misses, strict=True) if not missed])
+    rejected = [_rejected(each, missed) for each, missed in zip(found, misses, strict=True) if missed]
+    choice = front.choose(eligible) if eligible else None
+    if choice is not None:
+        eligible = [_judged(each, choice, eligible) for each in eligible]
+        choice = next(each for each in eligible if each.verdict == "chosen")
+    return Recommendation(
+        target=device.name,
+        context=context,
+        constraints=wanted,
+        choice=choice,
+        closest=None if choice else _closest(found, misses, rejected),
+        excluded=dict(Counter(miss.constraint for missed in misses for miss in missed).most_common()),
+        rule=front.RULE,
+        notes=_notes(found, wanted),
+        candidates=tuple(sorted([*eligible, *rejected], key=_place)),
+    )
+
+
+def require(found: Recommendation) -> Candidate:
+    """The choice; raises NothingFits with the constraint that excluded most and the closest miss."""
+    if found.choice is not None:
+        return found.choice
+    if not found.candidates:
+        raise NothingFits(f"no backend of {found.target} holds any recipe of it", run=f"edgeq targets show {found.target}")
+    name, count = max(found.excluded.items(), key=lambda item: item[1])
+    total = len(found.candidates)
+    raise NothingFits(
+        f"none of {total} candidates for {found.target} meets all constraints: {name} excluded most, {count} of {total}",
+        why=f"The closest miss is {found.closest.title}: {'; '.join(found.closest.reasons)}." if found.closest else "",
+        run=_remedy(found, name),
+    )
+
+
+def _remedy(found: Recommendation, constraint: str) -> str:
+    closest = found.closest
+    command = f"edgeq recommend --target {found.target}"
+    if closest is None:
+        return command
+    if "memory" in closest.excluded_by and found.constraints.max_memory_bytes is None and closest.memory_bytes:
+        return f"{command} --context {max(found.context // 4, 512)}, or --max-memory SIZE where the target does not say its own"
+    if constraint == "min-tps" and closest.decode_tokens_per_s:
+        return f"{command} --min-tps {closest.decode_tokens_per_s.low:.1f}"
+    if constraint == "max-memory" and closest.memory_bytes:
+        return f"{command} --max-memory {closest.memory_bytes / 1e9 + 0.05:.1f}GB"
+    return f"{command} with a wider --{constraint}" if constraint.startswith("m") else command
+
+
+def _judged(each: Candidate, choice: Candidate, eligible: list[Candidate]) -> Candidate:
+    if each == choice:
+        return msgspec.structs.replace(each, verdict="chosen", reasons=front.why_chosen(each, eligible))
+    return msgspec.structs.replace(each, verdict="eligible", reasons=(front.why_lost(each, choice, eligible),))
+
+
+def _rejected(each: Candidate, missed: list[Miss]) -> Candidate:
+    return msgspec.structs.replace(
+        each,
+        excluded_by=tuple(miss.constraint for miss in missed),
+        reasons=tuple(miss.reason for miss in missed),
+    )
+
+
+def _closest(found: list[Candidate], misses: list[list[Miss]], rejected: list[Candidate]) -> Candidate | None:
+    """The candidate that misses the fewest constraints, by the smallest factors."""
+    def distance(index: int) -> tuple[int, float, float]:
+        factors = [miss.factor for miss in misses[index]]
+        return len(factors), max(factors), -(found[index].score or 0.0)
+
+    return rejected[min(range(len(found)), key=distance)] if found else None
+
+
+def _place(each: Candidate) -> tuple[int, bool, bool, float]:
+    """Order of the document: the choice, then eligible ones, measured before estimated, the front first, by quality."""
+    return _SHOWN.index(each.verdict), each.evidence != "measured", not each.front, -(each.score or 0.0)
+
+
+def _notes(found: list[Candidate], wanted: Constraints) -> tuple[str, ...]:
+    notes = []
+    if {"vision", "video"} & set(wanted.capability):
+        notes.append("edgeq builds the text model alone: the vision tower is left out of memory and speed")
+    if not any(each.evidence == "measured" and each.quality for each in found):
+        notes.append("nothing was measured on this target: all figures are estimates; edgeq profile --save replaces them")
+    return tuple(notes)
