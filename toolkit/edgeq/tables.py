@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from edgeq.catalog import Entry
     from edgeq.detect import BackendState
     from edgeq.doctor import Check
+    from edgeq.estimating.speed import Range
     from edgeq.profiles import Load, Profile, Speculation, Spread
+    from edgeq.recommending.document import Recommendation
     from edgeq.sheets import Detection, ModelSheet, PlanSheet
     from edgeq.target import Target
     from edgeq.verifying import Verified
@@ -203,6 +205,48 @@ def model(document: ModelSheet) -> Group:
         }
         sizes.add_row(each.recipe, *(held.get(name, "-") for name in engines))
     return Group(_facts(*facts), "", sizes)
+
+
+def recommendation(document: Recommendation) -> Group:
+    """The choice and its reasons, the front and each model's best candidate beside it, and why these were not chosen."""
+    shown, models = [], set()
+    for each in document.candidates:
+        if each.front or each.model not in models:
+            shown.append(each)
+        models.add(each.model)
+    table = _table("", "model", "recipe", "backend", "memory", "tokens/s", "answer", "quality", "evidence")
+    for each in shown:
+        mark = {"chosen": "*", "rejected": "-"}.get(each.verdict, "front" if each.front else "")
+        about = "" if each.evidence == "measured" else "~"
+        table.add_row(
+            mark,
+            each.model,
+            each.recipe,
+            each.backend,
+            about + show_bytes(each.memory_bytes),
+            _interval(each.decode_tokens_per_s, about),
+            "-" if each.answer_s is None else f"{about}{each.answer_s:.0f} s",
+            "-" if each.score is None else f"~{each.score:.1f}",
+            each.evidence,
+        )
+    choice, rest = document.choice, len(document.candidates) - len(shown)
+    others = [f"{each.title}: {'; '.join(each.reasons)}" for each in shown if each is not choice]
+    return Group(
+        f"{document.target}, {document.context} tokens of context" + (f": {choice.title}" if choice else ": nothing fits"),
+        *([f"  {reason}" for reason in choice.reasons] if choice else []),
+        *(f"  {note}" for note in document.notes),
+        "",
+        table,
+        "",
+        "why not",
+        *(f"  {line}" for line in others),
+        *([f"  {rest} other recipes and backends of these models: --json has each with its reason"] if rest else []),
+        f"chosen is {document.rule}",
+    )
+
+
+def _interval(rate: Range | None, about: str) -> str:
+    return "-" if rate is None else f"{about}{rate.mid:.1f} [{rate.low:.1f}, {rate.high:.1f}]"
 
 
 def _leaves(part: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -40,8 +40,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
     Speeds are with `depth` tokens in the cache, memory is with room for the whole context. quality: of the model as
     floats; score: what quantization leaves of it. answer_s: seconds of reading a prompt and writing an answer, by the
-    low end of the speeds. front: no other eligible candidate is at least as good in quality, speed and memory. excluded
-    by: constraints that it misses; reasons: one sentence each.
+    low end of the speeds. front: no other eligible candidate is at least as good in quality, speed and memory.
+    excluded_by: constraints that it misses; reasons: one sentence each.
     """
 
     model: str
@@ -51,6 +51,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     context: int
     depth: int
+    weights_bytes: int
     memory_bytes: int | None
     decode_tokens_per_s: Range | None
     prefill_tokens_per_s: Range | None

@@ -7,15 +7,14 @@ from collections.abc import Iterable
 
 import msgspec
 
-from edgeq import detect
-from edgeq.errors import NothingFits
+from edgeq import detect, recipe
+from edgeq.errors import MissingTool, NothingFits
 from edgeq.estimating.memory import usable_bytes
 from edgeq.recommending import candidates, constraints, front
 from edgeq.recommending.constraints import Miss
 from edgeq.recommending.document import Candidate, Constraints, Recommendation
 
 CONTEXT = 4096
-_SHOWN = ("chosen", "eligible", "rejected")
 
 
 def recommend(
@@ -25,20 +24,22 @@ def recommend(
     wanted: Constraints | None = None,
     recipes: Iterable[str] = (),
     engines: Iterable[str] = (),
+    largest: int | None = None,
 ) -> Recommendation:
     """Candidates for a target, best first, with the choice or null when none meets all constraints.
 
     context: tokens that the cache has room for, 4096 when None; half of them are in it when speeds are compared.
-    recipes, engines: instead of the target's own. Raises UsageFault for unknown words.
+    recipes, engines: instead of the target's own; largest: bytes of weights, above which candidates are left out.
+    Raises UsageFault for unknown words.
     """
     wanted = wanted or Constraints()
     constraints.check(wanted)
     device, context = detect.resolve(target), context or CONTEXT
     usable = usable_bytes(device)
     found = front.timed(candidates.find(device, context, recipes=recipes, engines=engines))
-    misses = [constraints.missed(each, wanted, usable) for each in found]
-    eligible = front.marked([each for each, missed in zip(found, misses, strict=True) if not missed])
-    rejected = [_rejected(each, missed) for each, missed in zip(found, misses, strict=True) if missed]
+    judged = [(each, constraints.missed(each, wanted, usable)) for each in found if largest is None or each.weights_bytes <= largest]
+    eligible = front.marked([each for each, missed in judged if not missed])
+    rejected = [_rejected(*each) for each in sorted((each for each in judged if each[1]), key=_distance)]
     choice = front.choose(eligible) if eligible else None
     if choice is not None:
         eligible = [_judged(each, choice, eligible) for each in eligible]
@@ -48,12 +49,36 @@ def recommend(
         context=context,
         constraints=wanted,
         choice=choice,
-        closest=None if choice else _closest(found, misses, rejected),
-        excluded=dict(Counter(miss.constraint for missed in misses for miss in missed).most_common()),
+        closest=None if choice or not rejected else rejected[0],
+        excluded=dict(Counter(miss.constraint for _, missed in judged for miss in missed).most_common()),
         rule=front.RULE,
         notes=_notes(found, wanted),
-        candidates=tuple(sorted([*eligible, *rejected], key=_place)),
+        candidates=(*sorted(eligible, key=_place), *rejected),
     )
+
+
+def for_build(
+    target: str, *, recipe_name: str = "auto", backend: str = "auto", context: int | None = None, max_size: int | None = None
+) -> Candidate:
+    """The choice among what can be built on this machine, of `max_size` bytes of weights at most.
+
+    Raises NothingFits when there is none, MissingTool when no backend of the target builds here.
+    """
+    states = detect.usable_backends(detect.resolve(target)) if backend == "auto" else ()
+    if backend == "auto" and not any(state.builds for state in states):
+        raise MissingTool(
+            f"no backend of {target} can build here",
+            why="; ".join(f"{state.name}: {state.reason}" for state in states),
+            run=f"edgeq doctor --target {target}",
+        )
+    found = recommend(
+        target,
+        context=context,
+        recipes=() if recipe_name == "auto" or recipe.parse(recipe_name).mixed else (recipe_name,),
+        engines=[state.name for state in states if state.builds] or [backend],
+        largest=max_size,
+    )
+    return require(found)
 
 
 def require(found: Recommendation) -> Candidate:
@@ -99,18 +124,16 @@ def _rejected(each: Candidate, missed: list[Miss]) -> Candidate:
     )
 
 
-def _closest(found: list[Candidate], misses: list[list[Miss]], rejected: list[Candidate]) -> Candidate | None:
-    """The candidate that misses the fewest constraints, by the smallest factors."""
-    def distance(index: int) -> tuple[int, float, float]:
-        factors = [miss.factor for miss in misses[index]]
-        return len(factors), max(factors), -(found[index].score or 0.0)
-
-    return rejected[min(range(len(found)), key=distance)] if found else None
+def _distance(judged: tuple[Candidate, list[Miss]]) -> tuple[bool, int, float, float]:
+    """How far a candidate is from what is wanted: by how many constraints, and by the largest factor."""
+    candidate, missed = judged
+    factor = max(miss.factor for miss in missed)
+    return factor == constraints.NEVER, len(missed), factor, -(candidate.score or 0.0)
 
 
-def _place(each: Candidate) -> tuple[int, bool, bool, float]:
-    """Order of the document: the choice, then eligible ones, measured before estimated, the front first, by quality."""
-    return _SHOWN.index(each.verdict), each.evidence != "measured", not each.front, -(each.score or 0.0)
+def _place(each: Candidate) -> tuple[bool, bool, bool, float]:
+    """Order of eligible candidates: the choice, measured before estimated, the front first, by quality."""
+    return each.verdict != "chosen", each.evidence != "measured", not each.front, -(each.score or 0.0)
 
 
 def _notes(found: list[Candidate], wanted: Constraints) -> tuple[str, ...]:
