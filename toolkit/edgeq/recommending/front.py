@@ -45,6 +45,11 @@ def marked(eligible: Sequence[Candidate]) -> list[Candidate]:
     return found
 
 
+def balance(candidate: Candidate) -> float:
+    """Points of quality, less those that waiting costs."""
+    return (candidate.score or 0.0) - (candidate.answer_s or 0.0) / SECONDS_PER_POINT
+
+
 def choose(eligible: Sequence[Candidate]) -> Candidate:
     """The best balance on the front."""
     return max((each for each in eligible if each.front), key=_rank)
@@ -137,9 +142,8 @@ def _answer_s(candidate: Candidate, prompt: bool) -> float | None:
 
 def _rank(candidate: Candidate) -> tuple[bool, bool, float]:
     """By what the best of several is found."""
-    seconds = candidate.answer_s
-    balance = (candidate.score or 0.0) - (seconds or 0.0) / SECONDS_PER_POINT
-    return seconds is not None, not _too_slow(candidate), balance if not _too_slow(candidate) else -(seconds or 0.0)
+    slow = _too_slow(candidate)
+    return candidate.answer_s is not None, not slow, -(candidate.answer_s or 0.0) if slow else balance(candidate)
 
 
 def _too_slow(candidate: Candidate) -> bool:

@@ -132,8 +132,9 @@ def _distance(judged: tuple[Candidate, list[Miss]]) -> tuple[bool, int, float, f
 
 
 def _place(each: Candidate) -> tuple[bool, bool, bool, float]:
-    """Order of eligible candidates: the choice, measured before estimated, the front first, by quality."""
-    return each.verdict != "chosen", each.evidence != "measured", not each.front, -(each.score or 0.0)
+    """Order of eligible candidates: the choice, measured before estimated, the front by quality, the rest by balance."""
+    worth = (each.score or 0.0) if each.front else front.balance(each)
+    return each.verdict != "chosen", each.evidence != "measured", not each.front, -worth
 
 
 def _notes(found: list[Candidate], wanted: Constraints) -> tuple[str, ...]:
