@@ -19,7 +19,9 @@ def around(mid: float, factor: float = 1.25) -> Range:
     return Range(mid / factor, mid, mid * factor)
 
 
-def candidate(model: str = "qwen3-4b", score: float = 75.0, tps: float = 20.0, memory: int = 3 << 30, **more: Any) -> Candidate:
+def candidate(
+    model: str = "qwen3-4b", score: float = 75.0, tps: float = 20.0, memory: int = 3 << 30, **more: Any
+) -> Candidate:
     """Candidate of a catalogue model with these figures; `more` are other fields."""
     entry = ordering.of_catalogue().entries[model]
     made = Candidate(

@@ -81,7 +81,18 @@ def test_a_recommendation_that_nothing_meets_is_printed_and_exits_with_3(capsys:
 
 
 def test_a_recommendation_is_a_table_with_a_plot_where_one_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["recommend", "-t", "jetson", "--max-memory", "4GB", "--license", "open", "--capability", "vision", "--plot"]
+    words = [
+        "recommend",
+        "-t",
+        "jetson",
+        "--max-memory",
+        "4GB",
+        "--license",
+        "open",
+        "--capability",
+        "vision",
+        "--plot",
+    ]
     code, printed, err = run(capsys, *words, "--context", "8k", "--max-ttft", "60", "--max-loss", "0.5")
     assert (code, err) == (0, "")
     assert "why not" in printed

@@ -60,7 +60,10 @@ def test_a_tied_table_counts_once(work: Path) -> None:
 
 def test_a_format_that_the_runtime_cannot_load_is_no_candidate(work: Path) -> None:
     found = candidates.find(JETSON, 4096, recipes=["q4_k-eq6_k-rtn", "w4ag32-e8-mse"])
-    assert {(each.recipe, each.backend) for each in found} == {("q4_k-eq6_k-rtn", "llamacpp"), ("w4ag32-e8-mse", "onnx")}
+    assert {(each.recipe, each.backend) for each in found} == {
+        ("q4_k-eq6_k-rtn", "llamacpp"),
+        ("w4ag32-e8-mse", "onnx"),
+    }
     assert "qwen2.5-0.5b" not in {each.model for each in found if each.backend == "llamacpp"}
 
 
@@ -80,7 +83,11 @@ def test_a_measured_row_stands_in_place_of_its_estimate(work: Path) -> None:
     assert row.memory.peak_rss_bytes is not None
     assert row.memory.kv_cache_bytes_per_token is not None
     assert one.memory_bytes is not None
-    assert row.memory.peak_rss_bytes < one.memory_bytes <= row.memory.peak_rss_bytes + 4096 * row.memory.kv_cache_bytes_per_token
+    assert (
+        row.memory.peak_rss_bytes
+        < one.memory_bytes
+        <= row.memory.peak_rss_bytes + 4096 * row.memory.kv_cache_bytes_per_token
+    )
     keys = [(each.model, each.recipe, each.backend) for each in found]
     assert keys.count(("qwen3-0.6b", row.recipe, row.backend)) == 1
 
@@ -93,7 +100,9 @@ def test_a_row_that_is_named_after_the_hub_is_the_catalogues_model(work: Path) -
 def test_a_measured_recipe_that_is_not_the_targets_is_a_candidate(work: Path) -> None:
     save(msgspec.structs.replace(demo_row(), model="qwen3-0.6b", recipe="w4g32-e8-guided", target=JETSON.name))
     found = candidates.find(JETSON, 4096)
-    assert [each.evidence for each in found if each.model == "qwen3-0.6b" and each.recipe == "w4g32-e8-guided"].count("measured") == 1
+    assert [each.evidence for each in found if each.model == "qwen3-0.6b" and each.recipe == "w4g32-e8-guided"].count(
+        "measured"
+    ) == 1
 
 
 def test_what_must_not_be_used_is_not_used(work: Path) -> None:
@@ -109,7 +118,9 @@ def test_a_measured_model_that_nobody_scored_has_no_quality(work: Path) -> None:
 
 
 def test_thinking_costs_seconds_on_this_device(work: Path) -> None:
-    by_model = {each.model: each for each in candidates.find(JETSON, 4096, recipes=["w4g32-e8-rtn"], engines=["llamacpp"])}
+    by_model = {
+        each.model: each for each in candidates.find(JETSON, 4096, recipes=["w4g32-e8-rtn"], engines=["llamacpp"])
+    }
     one = by_model["qwen3-4b"]
     assert one.thinking is not None
     assert one.decode_tokens_per_s is not None

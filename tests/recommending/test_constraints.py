@@ -62,7 +62,11 @@ def test_a_licence_for_research_is_not_open() -> None:
 
 @pytest.mark.parametrize(
     ("word", "able", "unable"),
-    [("vision", "qwen3.5-2b", "qwen3-1.7b"), ("video", "qwen3.5-2b", "qwen2.5-3b"), ("thinking", "qwen3-4b", "qwen2.5-7b")],
+    [
+        ("vision", "qwen3.5-2b", "qwen3-1.7b"),
+        ("video", "qwen3.5-2b", "qwen2.5-3b"),
+        ("thinking", "qwen3-4b", "qwen2.5-7b"),
+    ],
 )
 def test_a_capability_is_the_catalogues(word: str, able: str, unable: str) -> None:
     assert missed(Constraints(capability=(word,)), model=able) == {}

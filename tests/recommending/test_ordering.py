@@ -15,7 +15,13 @@ CATALOGUE = ordering.of_catalogue()
 
 
 def entry(name: str, **modes: Mapping[str, float]) -> Entry:
-    facts: dict[str, Any] = {"name": name, "title": name, "hub": f"Qwen/{name}", "generation": "3", "license": "Apache-2.0"}
+    facts: dict[str, Any] = {
+        "name": name,
+        "title": name,
+        "hub": f"Qwen/{name}",
+        "generation": "3",
+        "license": "Apache-2.0",
+    }
     return Entry(
         **facts,
         released=datetime.date(2025, 1, 1),
@@ -136,11 +142,17 @@ def test_a_model_with_scores_of_thinking_alone_has_a_wider_interval() -> None:
 
 def test_one_benchmark_that_disagrees_with_all_others_counts_less() -> None:
     names = [f"B{number}" for number in range(8)]
-    fair = {name: 60.0 for name in names}
+    fair = dict.fromkeys(names, 60.0)
     made = order(
         entry("odd", non_thinking=fair | {"MMLU-Redux": 5.0}),
-        entry("usual", non_thinking={name: 60.5 - 0.1 * number for number, name in enumerate(names)} | {"MMLU-Redux": 60.0}),
-        entry("other", non_thinking={name: 60.0 + 0.1 * number for number, name in enumerate(names)} | {"MMLU-Redux": 60.5}),
+        entry(
+            "usual",
+            non_thinking={name: 60.5 - 0.1 * number for number, name in enumerate(names)} | {"MMLU-Redux": 60.0},
+        ),
+        entry(
+            "other",
+            non_thinking={name: 60.0 + 0.1 * number for number, name in enumerate(names)} | {"MMLU-Redux": 60.5},
+        ),
     )
     assert abs(made.strengths["odd"] - made.strengths["usual"]) < 0.15
 

@@ -42,7 +42,15 @@ def test_losses_grow_as_models_shrink(name: str) -> None:
 
 
 def test_losses_grow_as_bits_shrink() -> None:
-    names = ("w16", "w8g32-e8-rtn", "q6_k-eq6_k-rtn", "q5_k-eq6_k-rtn", "w4g32-e8-rtn", "q3_k-eq6_k-rtn", "q2_k-eq6_k-rtn")
+    names = (
+        "w16",
+        "w8g32-e8-rtn",
+        "q6_k-eq6_k-rtn",
+        "q5_k-eq6_k-rtn",
+        "w4g32-e8-rtn",
+        "q3_k-eq6_k-rtn",
+        "q2_k-eq6_k-rtn",
+    )
     found = [loss("qwen3-4b", name) for name in names]
     assert found == sorted(found)
     assert found[0] == 0.0

@@ -67,7 +67,10 @@ def test_qwen35_4b_runs_in_8_gb_only_quantized(jetson: Recommendation) -> None:
 
 
 def test_it_does_not_always_say_8_bits() -> None:
-    chosen = [recommend.recommend(name, wanted=Constraints(max_memory_bytes=2_000_000_000)).choice for name in ("pi5", "jetson")]
+    chosen = [
+        recommend.recommend(name, wanted=Constraints(max_memory_bytes=2_000_000_000)).choice
+        for name in ("pi5", "jetson")
+    ]
     for each in chosen:
         assert each is not None
         assert not each.recipe.startswith("w8")

@@ -24,7 +24,7 @@ def build(model: str, *, target: str, recipe: str = "auto", **options: Any) -> B
 
 
 def recommend(target: str, *, context: int | None = None, **constraints: Any) -> Recommendation:
-    """Which model, recipe and backend suit a device; `constraints` are the fields of `recommending.document.Constraints`.
+    """Which model, recipe and backend suit a device; `constraints`: fields of `recommending.document.Constraints`.
 
     The choice is None when no candidate meets them all. Raises UsageFault for unknown words.
     """

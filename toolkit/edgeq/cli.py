@@ -70,7 +70,8 @@ def root(version: Version = False) -> None:
 @app.command()
 def build(
     model: Annotated[
-        str | None, typer.Argument(help="Folder, hub id, catalogue name or demo-qwen3; left out: what recommend chooses.")
+        str | None,
+        typer.Argument(help="Folder, hub id, catalogue name or demo-qwen3; left out: what recommend chooses."),
     ] = None,
     target: Annotated[str, typer.Option("--target", "-t", help="Device, alias, TOML file or host.")] = "",
     recipe: Annotated[str, typer.Option(help="For example w4g32-e8-rtn; auto: the target's best.")] = "auto",

@@ -18,13 +18,15 @@ def front(document: Recommendation) -> str:
 
     The front has letters, the choice a star, all others a dot; nothing to draw is said in words.
     """
-    points = [each for each in document.candidates if each.verdict != "rejected" and each.decode_tokens_per_s and each.score]
+    points = [
+        each for each in document.candidates if each.verdict != "rejected" and each.decode_tokens_per_s and each.score
+    ]
     if not points:
         return "nothing to draw: no candidate that meets all constraints has a known speed and quality"
     across = _Axis([math.log(_speed(each)) for each in points], _WIDTH)
     up = _Axis([each.score or 0.0 for each in points], _HEIGHT)
     grid = [[" "] * _WIDTH for _ in range(_HEIGHT)]
-    legend = []
+    legend: list[str] = []
     for each in sorted(points, key=lambda point: (point.verdict == "chosen", point.front)):
         mark = _OTHER
         if each.verdict == "chosen":

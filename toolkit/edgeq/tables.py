@@ -208,7 +208,7 @@ def model(document: ModelSheet) -> Group:
 
 
 def recommendation(document: Recommendation) -> Group:
-    """The choice and its reasons, the front and each model's best candidate beside it, and why these were not chosen."""
+    """The choice and its reasons, the front each other model by its best candidate, and why not these."""
     shown, models = [], set()
     for each in document.candidates:
         if each.front or each.model not in models:
@@ -232,7 +232,8 @@ def recommendation(document: Recommendation) -> Group:
     choice, rest = document.choice, len(document.candidates) - len(shown)
     others = [f"{each.title}: {'; '.join(each.reasons)}" for each in shown if each is not choice]
     return Group(
-        f"{document.target}, {document.context} tokens of context" + (f": {choice.title}" if choice else ": nothing fits"),
+        f"{document.target}, {document.context} tokens of context"
+        + (f": {choice.title}" if choice else ": nothing fits"),
         *([f"  {reason}" for reason in choice.reasons] if choice else []),
         *(f"  {note}" for note in document.notes),
         "",

@@ -108,9 +108,7 @@ def _basis(found: Estimate) -> str:
     return "; ".join([found.basis, *reasons])
 
 
-def _measured(
-    entry: Entry, model: Model, wanted: Recipe, row: Profile, target: Target, context: int
-) -> Candidate:
+def _measured(entry: Entry, model: Model, wanted: Recipe, row: Profile, target: Target, context: int) -> Candidate:
     decode = min(row.decode, key=lambda one: abs(one.depth - context // 2))
     prefill = min(row.prefill, key=lambda one: (one.depth, abs(one.tokens - PROMPT)))
     seen = max(decode.depth + decode.tokens, prefill.depth + prefill.tokens)

@@ -1,4 +1,4 @@
-"""Which constraints a candidate misses. One is met only by the unfavourable end of an interval, otherwise "marginal"."""
+"""Which constraints a candidate misses: one is met only by the unfavourable end of an interval, else "marginal"."""
 
 from __future__ import annotations
 
@@ -64,7 +64,11 @@ def _kind(candidate: Candidate, wanted: Constraints) -> Iterator[Miss]:
     if candidate.hub is None:
         return
     entry = ordering.of_catalogue().entries[candidate.model]
-    able = {"vision": "image" in entry.modality, "video": "video" in entry.modality, "thinking": entry.thinking != "never"}
+    able = {
+        "vision": "image" in entry.modality,
+        "video": "video" in entry.modality,
+        "thinking": entry.thinking != "never",
+    }
     for word in wanted.capability:
         if not able[word]:
             yield Miss("capability", NEVER, f"no {word}")
@@ -94,7 +98,9 @@ def _speed(candidate: Candidate, wanted: Constraints) -> Iterator[Miss]:
         yield Miss("min-tps", NEVER, f"its speed is unknown: {candidate.basis}")
     elif speed.low < wanted.min_tps:
         word = "marginal" if speed.high >= wanted.min_tps else "slow"
-        yield Miss("min-tps", wanted.min_tps / speed.low, f"{word}: {_rate(candidate, speed)}, {wanted.min_tps:g} are wanted")
+        yield Miss(
+            "min-tps", wanted.min_tps / speed.low, f"{word}: {_rate(candidate, speed)}, {wanted.min_tps:g} are wanted"
+        )
 
 
 def _first_token(candidate: Candidate, wanted: Constraints) -> Iterator[Miss]:

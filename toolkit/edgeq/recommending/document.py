@@ -12,9 +12,10 @@ from edgeq.recommending.quantization import Loss
 class Constraints(msgspec.Struct, frozen=True, kw_only=True):
     """What a candidate must meet; null is no wish.
 
-    min_tps: decoded tokens per second; max_ttft_s: seconds to the first token of a prompt; max_memory_bytes: of weights,
-    cache, states and engine; max_loss: share of the quality that quantization may cost; license: "open" for models that
-    may be used commercially; capability: all of vision, video, thinking; evidence: "measured", "estimated" or "any".
+    min_tps: decoded tokens per second; max_ttft_s: seconds to the first token of a prompt; max_memory_bytes: of
+    weights, cache, states and engine; max_loss: share of the quality that quantization may cost; license: "open" for
+    models that may be used commercially; capability: all of vision, video, thinking; evidence: "measured", "estimated"
+    or "any".
     """
 
     min_tps: float | None = None

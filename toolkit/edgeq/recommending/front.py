@@ -1,9 +1,9 @@
 """Which of the eligible candidates is chosen, and why each other one is not.
 
-None on the front is beaten in quality, speed and memory at once. Of the front the choice is the best balance of quality
-and waiting: points of quality after quantization, less one for each `SECONDS_PER_POINT` that reading a prompt and writing
-an answer take. What writes more slowly than people read is taken only where nothing is faster. Speeds are low ends of
-intervals throughout.
+None on the front is beaten in quality, speed and memory at once. Of the front the choice is the best balance of
+quality and waiting: points of quality after quantization, less one for each `SECONDS_PER_POINT` that reading a prompt
+and writing an answer take, by the low ends of speeds. What writes more slowly than people read is taken only where
+nothing is faster.
 """
 
 from __future__ import annotations
@@ -59,11 +59,12 @@ def why_chosen(chosen: Candidate, eligible: Sequence[Candidate]) -> tuple[str, .
     """Reasons for the choice, and what to know before it is used."""
     quality, loss = chosen.quality, chosen.loss
     assert quality is not None
+    scale, about = f"the scale of {quality.benchmark} answering directly", _about(loss.evidence != "published")
     words = [
         f"best balance of {len(eligible)} that meet all constraints: {_points(chosen)} and {_wait(chosen)}",
-        f"quality: {quality.score:.1f} [{quality.low:.1f}, {quality.high:.1f}] on the scale of {quality.benchmark} answering "
-        f"directly, by {quality.compared_on} benchmarks that it shares with other models",
-        f"quantization costs {_about(loss.evidence != 'published')}{loss.value:.1%} of it [{loss.low:.1%}, {loss.high:.1%}]",
+        f"quality: {quality.score:.1f} [{quality.low:.1f}, {quality.high:.1f}] on {scale}, by {quality.compared_on} "
+        "benchmarks that it shares with other models",
+        f"quantization costs {about}{loss.value:.1%} of it [{loss.low:.1%}, {loss.high:.1%}]",
     ]
     if quality.inferred:
         words.append(quality.inferred)
@@ -85,7 +86,7 @@ def why_lost(loser: Candidate, chosen: Candidate, eligible: Sequence[Candidate])
     if not loser.front:
         better = [each for each in eligible if each.front and _figures(each) != _figures(loser) and _beats(each, loser)]
         if not better:
-            return f"as good as another on the front, whose backend comes first for this device: {_difference(loser, chosen)}"
+            return f"as good as one whose backend comes first for this device: {_difference(loser, chosen)}"
         winner = chosen if chosen in better else max(better, key=_rank)
         return f"{winner.title} is at least as good, fast and small: {_difference(loser, winner)}"
     if _too_slow(loser) and not _too_slow(chosen):
@@ -102,7 +103,9 @@ def _difference(loser: Candidate, winner: Candidate) -> str:
     ]
     if loser.model != winner.model:
         alike = ordering.of_catalogue().alike(loser.model, winner.model)
-        words.append(("about equal as floats; " if alike else "") + ordering.of_catalogue().compared(loser.model, winner.model))
+        words.append(
+            ("about equal as floats; " if alike else "") + ordering.of_catalogue().compared(loser.model, winner.model)
+        )
     elif abs(loser.loss.value - winner.loss.value) > 1e-6:
         words.append(f"quantization costs it {loser.loss.value:.1%} against {winner.loss.value:.1%}")
     return "; ".join(words)
@@ -117,7 +120,11 @@ def _wait(candidate: Candidate) -> str:
 
 
 def _seconds(candidate: Candidate) -> str:
-    return "unknown time" if candidate.answer_s is None else f"{_about(candidate.evidence == 'measured')}{candidate.answer_s:.0f} s"
+    return (
+        "unknown time"
+        if candidate.answer_s is None
+        else f"{_about(candidate.evidence == 'measured')}{candidate.answer_s:.0f} s"
+    )
 
 
 def _thoughts(candidate: Candidate) -> str:
@@ -126,7 +133,9 @@ def _thoughts(candidate: Candidate) -> str:
     if thinking.always:
         return "always thinks before it answers"
     if thinking.published and thinking.direct_score is not None:
-        both = f"{thinking.published.benchmark} {thinking.published.score:g} thinking, {thinking.direct_score:g} directly"
+        both = (
+            f"{thinking.published.benchmark} {thinking.published.score:g} thinking, {thinking.direct_score:g} directly"
+        )
         return f"can think, --no-think answers directly ({both})"
     return "can think, --no-think answers directly"
 

@@ -3,8 +3,8 @@
 A score becomes its log odds. Each benchmark in each mode has a level, each model a strength, and a score is the sum of
 the two; a benchmark that one model alone publishes says nothing. Strengths are the least squares over all shared
 benchmarks, with Huber's weights, so that a benchmark that disagrees with all others counts less. Models without a
-benchmark in common are compared through those that share one with both, as ratings of chess players are, and no cycle of
-noisy comparisons can arise.
+benchmark in common are compared through those that share one with both, as ratings of chess players are, and no cycle
+of noisy comparisons can arise.
 
 Scores of answering directly (Qwen2.5's instruct models never think: their scores are such), of thinking and of base
 models are different benchmarks here, so a level takes up what thinking adds. A model with scores of thinking alone has
@@ -31,6 +31,7 @@ DIRECT, THINKING, BASE = "direct", "thinking", "base"
 _MODES = {"instruct": DIRECT, "non_thinking": DIRECT, "thinking": THINKING, "base": BASE}
 _EXTREME = 1.0  # points from 0 and 100, where log odds would run away
 _HUBER = 1.345
+_EXACT = 0.01  # log odds: scores are published to a tenth of a point
 _SIGMAS = 1.96
 _ROUNDS = 30
 
@@ -151,7 +152,7 @@ def order(entries: Sequence[Entry]) -> Order:
         inverse = _inverse(matrix)
         strengths = {name: _dot(row, right) for name, row in zip(names, inverse, strict=True)}
         residuals = _residuals(table, weights, strengths)
-        usual = 1.4826 * median(abs(value) for row in residuals.values() for value in row.values())
+        usual = max(_EXACT, 1.4826 * median(abs(value) for row in residuals.values() for value in row.values()))
         weights = {
             key: {name: min(1.0, _HUBER * usual / max(abs(value), 1e-9)) for name, value in row.items()}
             for key, row in residuals.items()

@@ -2,8 +2,8 @@
 
 A published ladder gives the loss of one model by bits per weight; published losses of one method at several sizes give
 the power of the number of parameters by which losses grow as models shrink. Between rungs the logarithm of the loss is
-interpolated; below the last one it goes on to a published model of few bits, and past that with the same slope. A model's
-loss is the mean over its matrices by their weights, each by its own layout, so that a table in 8 bits counts.
+interpolated; below the last one it goes on to a published model of few bits, and past that with the same slope. A
+model's loss is the mean over its matrices by their weights, each by its own layout, so that a table in 8 bits counts.
 
 Methods better than plain rounding get no credit here: how much they save was not published for these models.
 """

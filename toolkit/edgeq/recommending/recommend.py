@@ -37,7 +37,11 @@ def recommend(
     device, context = detect.resolve(target), context or CONTEXT
     usable = usable_bytes(device)
     found = front.timed(candidates.find(device, context, recipes=recipes, engines=engines))
-    judged = [(each, constraints.missed(each, wanted, usable)) for each in found if largest is None or each.weights_bytes <= largest]
+    judged = [
+        (each, constraints.missed(each, wanted, usable))
+        for each in found
+        if largest is None or each.weights_bytes <= largest
+    ]
     eligible = front.marked([each for each, missed in judged if not missed])
     rejected = [_rejected(*each) for each in sorted((each for each in judged if each[1]), key=_distance)]
     choice = front.choose(eligible) if eligible else None
@@ -58,7 +62,12 @@ def recommend(
 
 
 def for_build(
-    target: str, *, recipe_name: str = "auto", backend: str = "auto", context: int | None = None, max_size: int | None = None
+    target: str,
+    *,
+    recipe_name: str = "auto",
+    backend: str = "auto",
+    context: int | None = None,
+    max_size: int | None = None,
 ) -> Candidate:
     """The choice among what can be built on this machine, of `max_size` bytes of weights at most.
 
@@ -86,23 +95,26 @@ def require(found: Recommendation) -> Candidate:
     if found.choice is not None:
         return found.choice
     if not found.candidates:
-        raise NothingFits(f"no backend of {found.target} holds any recipe of it", run=f"edgeq targets show {found.target}")
+        raise NothingFits(
+            f"no backend of {found.target} holds any of these recipes", run=f"edgeq targets show {found.target}"
+        )
     name, count = max(found.excluded.items(), key=lambda item: item[1])
     total = len(found.candidates)
     raise NothingFits(
-        f"none of {total} candidates for {found.target} meets all constraints: {name} excluded most, {count} of {total}",
+        f"none of {total} candidates for {found.target} meets all constraints: {name} excluded most, {count}",
         why=f"The closest miss is {found.closest.title}: {'; '.join(found.closest.reasons)}." if found.closest else "",
         run=_remedy(found, name),
     )
 
 
 def _remedy(found: Recommendation, constraint: str) -> str:
-    closest = found.closest
-    command = f"edgeq recommend --target {found.target}"
+    """A command that something meets."""
+    closest, command = found.closest, f"edgeq recommend --target {found.target}"
     if closest is None:
         return command
     if "memory" in closest.excluded_by and found.constraints.max_memory_bytes is None and closest.memory_bytes:
-        return f"{command} --context {max(found.context // 4, 512)}, or --max-memory SIZE where the target does not say its own"
+        known = closest.memory_bytes > 0 and "unknown" not in closest.reasons[0]
+        return f"{command} --context {max(found.context // 4, 512)}" if known else f"{command} --max-memory 8GB"
     if constraint == "min-tps" and closest.decode_tokens_per_s:
         return f"{command} --min-tps {closest.decode_tokens_per_s.low:.1f}"
     if constraint == "max-memory" and closest.memory_bytes:
@@ -132,7 +144,7 @@ def _distance(judged: tuple[Candidate, list[Miss]]) -> tuple[bool, int, float, f
 
 
 def _place(each: Candidate) -> tuple[bool, bool, bool, float]:
-    """Order of eligible candidates: the choice, measured before estimated, the front by quality, the rest by balance."""
+    """Order of eligible candidates: the choice, measured before estimated, the front by quality, others by balance."""
     worth = (each.score or 0.0) if each.front else front.balance(each)
     return each.verdict != "chosen", each.evidence != "measured", not each.front, -worth
 
@@ -142,5 +154,7 @@ def _notes(found: list[Candidate], wanted: Constraints) -> tuple[str, ...]:
     if {"vision", "video"} & set(wanted.capability):
         notes.append("edgeq builds the text model alone: the vision tower is left out of memory and speed")
     if not any(each.evidence == "measured" and each.quality for each in found):
-        notes.append("nothing was measured on this target: all figures are estimates; edgeq profile --save replaces them")
+        notes.append(
+            "nothing was measured on this target: all figures are estimates; edgeq profile --save replaces them"
+        )
     return tuple(notes)
