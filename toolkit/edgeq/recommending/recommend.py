@@ -13,8 +13,10 @@ from edgeq.estimating.memory import usable_bytes
 from edgeq.recommending import candidates, constraints, front
 from edgeq.recommending.constraints import Miss
 from edgeq.recommending.document import Candidate, Constraints, Recommendation
+from edgeq.target import Target
 
 CONTEXT = 4096
+_USUAL_SHARE = 0.7  # a laptop's, as targets/x86-laptop-ddr5.toml has it
 
 
 def recommend(
@@ -35,7 +37,7 @@ def recommend(
     wanted = wanted or Constraints()
     constraints.check(wanted)
     device, context = detect.resolve(target), context or CONTEXT
-    usable = usable_bytes(device)
+    usable = _room(device)
     found = front.timed(candidates.find(device, context, recipes=recipes, engines=engines))
     judged = [
         (each, constraints.missed(each, wanted, usable))
@@ -56,7 +58,7 @@ def recommend(
         closest=None if choice or not rejected else rejected[0],
         excluded=dict(Counter(miss.constraint for _, missed in judged for miss in missed).most_common()),
         rule=front.RULE,
-        notes=_notes(found, wanted),
+        notes=_notes(found, wanted, device),
         candidates=(*sorted(eligible, key=_place), *rejected),
     )
 
@@ -136,11 +138,11 @@ def _rejected(each: Candidate, missed: list[Miss]) -> Candidate:
     )
 
 
-def _distance(judged: tuple[Candidate, list[Miss]]) -> tuple[bool, int, float, float]:
-    """How far a candidate is from what is wanted: by how many constraints, and by the largest factor."""
+def _distance(judged: tuple[Candidate, list[Miss]]) -> tuple[bool, int, float, int, float]:
+    """How far a candidate is from what is wanted: by how many constraints, by the largest factor, by its size."""
     candidate, missed = judged
     factor = max(miss.factor for miss in missed)
-    return factor == constraints.NEVER, len(missed), factor, -(candidate.score or 0.0)
+    return factor == constraints.NEVER, len(missed), factor, candidate.memory_bytes or 0, -(candidate.score or 0.0)
 
 
 def _place(each: Candidate) -> tuple[bool, bool, bool, float]:
@@ -149,8 +151,16 @@ def _place(each: Candidate) -> tuple[bool, bool, bool, float]:
     return each.verdict != "chosen", each.evidence != "measured", not each.front, -worth
 
 
-def _notes(found: list[Candidate], wanted: Constraints) -> tuple[str, ...]:
+def _room(device: Target) -> int | None:
+    """Bytes that a model may take: what the target says, a usual share where it knows its size alone."""
+    total = device.memory.total_bytes
+    return usable_bytes(device) or (int(total.value * _USUAL_SHARE) if total else None)
+
+
+def _notes(found: list[Candidate], wanted: Constraints, device: Target) -> tuple[str, ...]:
     notes = []
+    if device.memory.total_bytes and not device.memory.usable_share:
+        notes.append(f"what share of its memory is free for a model is not known: {_USUAL_SHARE:.0%} is assumed")
     if {"vision", "video"} & set(wanted.capability):
         notes.append("edgeq builds the text model alone: the vision tower is left out of memory and speed")
     if not any(each.evidence == "measured" and each.quality for each in found):
