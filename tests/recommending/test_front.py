@@ -74,6 +74,12 @@ def test_a_candidate_of_unknown_speed_is_the_last_resort() -> None:
     assert chosen(unknown)[0].score == 90
 
 
+def test_where_no_speed_is_known_the_choice_is_cautious() -> None:
+    large = candidate("qwen3.5-9b", score=87, memory=18 << 30, decode_tokens_per_s=None, first_token_s=None)
+    small = candidate("qwen3.5-2b", score=66, memory=3 << 30, decode_tokens_per_s=None, first_token_s=None)
+    assert chosen(large, small)[0].model == "qwen3.5-2b"
+
+
 def test_reasons_name_the_benchmarks_and_the_figures() -> None:
     lossy = Loss(value=0.05, low=0.03, high=0.08, evidence="published", basis="made up")
     best = candidate("qwen3-4b-instruct-2507", score=82, tps=20, loss=lossy)

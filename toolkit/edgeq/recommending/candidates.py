@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from edgeq import backends, data, profiles, recipe, size
@@ -15,6 +16,7 @@ from edgeq.profiles import Profile
 from edgeq.recipe import Recipe
 from edgeq.recommending import ordering, quantization
 from edgeq.recommending.document import Candidate, Thinking
+from edgeq.recommending.quantization import Loss
 from edgeq.target import Target
 
 Key = tuple[str, str, str]
@@ -32,15 +34,16 @@ def find(target: Target, context: int, *, recipes: Iterable[str] = (), engines: 
     found = []
     for entry in ordering.of_catalogue().entries.values():
         model = entry.model
-        wanted = [recipe.parse(name) for name in recipes or target.recipes]
-        wanted += [recipe.parse(key[1]) for key in rows if key[0] == entry.name]
+        seen = () if recipes else (key[1] for key in rows if key[0] == entry.name)
+        wanted = [recipe.parse(name) for name in dict.fromkeys([*(recipes or target.recipes), *seen])]
+        losses = {each: quantization.estimated(model, each) for each in {replace(each, kv_bits=32) for each in wanted}}
         for backend in map(backends.canonical, engines or target.backends):
-            for each in dict.fromkeys(wanted):
-                key = (entry.name, str(each), backend)
-                if row := rows.get(key):
-                    found.append(_measured(entry, model, each, row, target, context))
+            for each in wanted:
+                loss = losses[replace(each, kv_bits=32)]
+                if row := rows.get((entry.name, str(each), backend)):
+                    found.append(_measured(entry, model, each, row, target, context, loss))
                 elif _holds(model, each, backend):
-                    found.append(_estimated(entry, model, each, target, backend, context, anchors.get(backend)))
+                    found.append(_estimated(entry, model, each, target, backend, context, anchors.get(backend), loss))
     found += [_unknown(row, context) for key, row in rows.items() if key[0] not in ordering.of_catalogue().entries]
     return found
 
@@ -83,7 +86,14 @@ def _holds(model: Model, wanted: Recipe, backend: str) -> bool:
 
 
 def _estimated(
-    entry: Entry, model: Model, wanted: Recipe, target: Target, backend: str, context: int, anchor: Profile | None
+    entry: Entry,
+    model: Model,
+    wanted: Recipe,
+    target: Target,
+    backend: str,
+    context: int,
+    anchor: Profile | None,
+    loss: Loss,
 ) -> Candidate:
     depth = context // 2
     found = estimate(model, entry.name, wanted, target, backend, context=context, depth=depth, anchor=anchor)
@@ -97,7 +107,7 @@ def _estimated(
         memory_bytes=found.total_bytes,
         decode=found.decode_tokens_per_s,
         prefill=found.prefill_tokens_per_s,
-        loss=quantization.estimated(model, wanted),
+        loss=loss,
         evidence="estimated",
         basis=_basis(found),
     )
@@ -108,7 +118,9 @@ def _basis(found: Estimate) -> str:
     return "; ".join([found.basis, *reasons])
 
 
-def _measured(entry: Entry, model: Model, wanted: Recipe, row: Profile, target: Target, context: int) -> Candidate:
+def _measured(
+    entry: Entry, model: Model, wanted: Recipe, row: Profile, target: Target, context: int, estimated: Loss
+) -> Candidate:
     decode = min(row.decode, key=lambda one: abs(one.depth - context // 2))
     prefill = min(row.prefill, key=lambda one: (one.depth, abs(one.tokens - PROMPT)))
     seen = max(decode.depth + decode.tokens, prefill.depth + prefill.tokens)
@@ -116,7 +128,7 @@ def _measured(entry: Entry, model: Model, wanted: Recipe, row: Profile, target: 
     peak = row.memory.peak_rss_bytes
     if peak is not None:
         peak += row.memory.device_peak_bytes or 0
-    loss = quantization.measured(row.accuracy) if row.accuracy else quantization.estimated(model, wanted)
+    loss = quantization.measured(row.accuracy) if row.accuracy else estimated
     return _candidate(
         entry,
         wanted,
@@ -144,7 +156,7 @@ def _candidate(
     memory_bytes: int | None,
     decode: Range | None,
     prefill: Range | None,
-    loss: quantization.Loss,
+    loss: Loss,
     evidence: str,
     basis: str,
 ) -> Candidate:
@@ -192,7 +204,7 @@ def _unknown(row: Profile, context: int) -> Candidate:
         prefill_tokens_per_s=_range(prefill.tokens_per_s),
         first_token_s=None,
         quality=None,
-        loss=loss or quantization.Loss(value=0, low=0, high=1, evidence="none", basis="not measured"),
+        loss=loss or Loss(value=0, low=0, high=1, evidence="none", basis="not measured"),
         score=None,
         thinking=None,
         evidence="measured",

@@ -3,7 +3,7 @@
 None on the front is beaten in quality, speed and memory at once. Of the front the choice is the best balance of
 quality and waiting: points of quality after quantization, less one for each `SECONDS_PER_POINT` that reading a prompt
 and writing an answer take, by the low ends of speeds. What writes more slowly than people read is taken only where
-nothing is faster.
+nothing is faster. Where no speed is known, candidates are weighed as if weights were read at `SLOW_BYTES_PER_S`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ THOUGHTS = 1000
 SECONDS_PER_POINT = 2.0
 READING_TOKENS_PER_S = 5.0
 """238 words a minute (Brysbaert 2019, mean of silent reading of English) of some 1.3 tokens each."""
+SLOW_BYTES_PER_S = 10e9
+"""A small board's: 60 % of the 17 GB/s in targets/raspberry-pi-5-8gb.toml."""
 RULE = (
     f"the best balance: one point of quality weighs as much as {SECONDS_PER_POINT:g} s of reading a prompt and writing "
     f"{ANSWER} tokens; slower than people read ({READING_TOKENS_PER_S:g} tokens/s) only where nothing is faster"
@@ -47,7 +49,7 @@ def marked(eligible: Sequence[Candidate]) -> list[Candidate]:
 
 def balance(candidate: Candidate) -> float:
     """Points of quality, less those that waiting costs."""
-    return (candidate.score or 0.0) - (candidate.answer_s or 0.0) / SECONDS_PER_POINT
+    return (candidate.score or 0.0) - _waiting(candidate) / SECONDS_PER_POINT
 
 
 def choose(eligible: Sequence[Candidate]) -> Candidate:
@@ -152,12 +154,17 @@ def _answer_s(candidate: Candidate, prompt: bool) -> float | None:
 def _rank(candidate: Candidate) -> tuple[bool, bool, float]:
     """By what the best of several is found."""
     slow = _too_slow(candidate)
-    return candidate.answer_s is not None, not slow, -(candidate.answer_s or 0.0) if slow else balance(candidate)
+    return candidate.answer_s is not None, not slow, -_waiting(candidate) if slow else balance(candidate)
+
+
+def _waiting(candidate: Candidate) -> float:
+    known = candidate.answer_s
+    return ANSWER * candidate.weights_bytes / SLOW_BYTES_PER_S if known is None else known
 
 
 def _too_slow(candidate: Candidate) -> bool:
     speed = candidate.decode_tokens_per_s
-    return speed is not None and speed.mid < READING_TOKENS_PER_S
+    return (SLOW_BYTES_PER_S / candidate.weights_bytes if speed is None else speed.mid) < READING_TOKENS_PER_S
 
 
 def _beats(one: Candidate, other: Candidate) -> bool:

@@ -163,6 +163,8 @@ def _notes(found: list[Candidate], wanted: Constraints, device: Target) -> tuple
         notes.append(f"what share of its memory is free for a model is not known: {_USUAL_SHARE:.0%} is assumed")
     if {"vision", "video"} & set(wanted.capability):
         notes.append("edgeq builds the text model alone: the vision tower is left out of memory and speed")
+    if not any(each.decode_tokens_per_s and each.quality for each in found):
+        notes.append("no speed is known here, so the choice is a cautious one; edgeq profile --save on it measures")
     if not any(each.evidence == "measured" and each.quality for each in found):
         notes.append(
             "nothing was measured on this target: all figures are estimates; edgeq profile --save replaces them"
