@@ -183,6 +183,25 @@ def test_the_looking_commands_print_a_table_and_one_json_document(
     assert json.loads(printed.splitlines()[-1])
 
 
+def test_what_only_looks_needs_no_engine_and_no_numpy() -> None:
+    looking = [
+        ["targets", "list"],
+        ["targets", "show", "jetson"],
+        ["targets", "detect"],
+        ["targets", "validate"],
+        ["models", "list"],
+        ["models", "show", "qwen3-0.6b"],
+        ["recommend", "--target", "jetson"],
+    ]
+    heavy = ("torch", "onnxruntime", "numpy", "tvm", "llama_cpp", "transformers")
+    script = (
+        f"import sys; from edgeq import cli; codes = [cli.main(words) for words in {looking!r}]; "
+        f"print(codes, [name for name in {heavy!r} if name in sys.modules], file=sys.stderr)"
+    )
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert child.stderr.strip() == f"{[0] * len(looking)} []"
+
+
 def test_detect_has_the_promised_keys(capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(run(capsys, "targets", "detect", "--json")[1])
     assert document.keys() >= {"target", "cpu", "isa", "memory_bytes", "accelerators", "backends"}

@@ -47,6 +47,7 @@ def test_a_catalogue_models_sheet_needs_no_hub(name: str) -> None:
     check(sheet, entry.model)
     assert (sheet.name, sheet.hub, sheet.license) == (name, entry.hub, entry.license)
     assert sheet.modality == entry.modality
+    assert sheet.scores == entry.scores
     assert ("vision" in sheet.left_out) is entry.model.has_vision
 
 

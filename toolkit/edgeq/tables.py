@@ -198,6 +198,9 @@ def model(document: ModelSheet) -> Group:
         ]
     if document.left_out:
         facts.append(("left out", ", ".join(document.left_out)))
+    for mode, scores in document.scores.items():
+        values = ", ".join(f"{name} {value:g}" for name, value in scores.values.items())
+        facts.append((f"scores, {mode.replace('_', ' ')}", f"{values} ({scores.source})"))
     engines = list(dict.fromkeys(size.backend for each in document.recipes for size in each.backends))
     sizes = _table("recipe", *(f"{name}: bits per weight, weights" for name in engines))
     for each in document.recipes:
