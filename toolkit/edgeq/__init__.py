@@ -9,11 +9,12 @@ from edgeq.version import VERSION
 
 if TYPE_CHECKING:
     from edgeq.building import Built
+    from edgeq.estimating.estimate import Estimate
     from edgeq.profiles import Profile
     from edgeq.recommending.document import Recommendation
 
 __version__ = VERSION
-__all__ = ["__version__", "build", "profile", "recommend"]
+__all__ = ["__version__", "build", "estimate", "profile", "recommend"]
 
 
 def build(model: str, *, target: str, recipe: str = "auto", **options: Any) -> Built:
@@ -39,3 +40,10 @@ def profile(bundle: str | Path, *, target: str | None = None, **options: Any) ->
     from edgeq.profiling import run
 
     return run.profile(Path(bundle), target=target, progress=lambda *_: None, **options)
+
+
+def estimate(model: str, *, target: str, recipe: str = "auto", **options: Any) -> Estimate:
+    """Estimate bytes and speed on a device; `options` are those of `estimating.asked.ask`, the errors too."""
+    from edgeq.estimating import asked
+
+    return asked.ask(model, target=target, recipe_name=recipe, **options)

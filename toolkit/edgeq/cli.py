@@ -197,6 +197,42 @@ def run(
 
 
 @app.command()
+def estimate(
+    model: Annotated[str, typer.Argument(help="Folder with a config.json, hub id, catalogue name or demo-qwen3.")],
+    target: Annotated[str, typer.Option("--target", "-t", help="Device, alias, TOML file or host.")] = "",
+    recipe: Annotated[
+        str, typer.Option(help="For example w4g32-e8-rtn, or a published one such as Q4_K_M; auto: the target's best.")
+    ] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="Backend, or a runtime with published figures (mlx, vllm, ollama); auto: the best.")
+    ] = "auto",
+    context: Annotated[str | None, typer.Option("--context", "-c", help="Tokens of context, such as 4k.")] = None,
+    depth: Annotated[str, typer.Option("--depth", "-d", help="Tokens in the cache when decoding.")] = "0",
+    weights_bytes: Annotated[int | None, typer.Option(min=1, help="Size of a file that exists already.")] = None,
+    anchor: Annotated[Path | None, typer.Option(help="Profile of any model on that device and backend.")] = None,
+    offline: Offline = False,
+    json: Json = False,
+) -> None:
+    """Say whether a model fits a device and how fast it would be there, without building it."""
+    from edgeq import tables, units
+    from edgeq.estimating import asked
+
+    _need(target, "--target", "edgeq targets list")
+    found = asked.ask(
+        model,
+        target=target,
+        recipe_name=recipe,
+        backend=backend,
+        context=None if context is None else units.parse_tokens(context),
+        depth=0 if depth == "0" else units.parse_tokens(depth),
+        weights_bytes=weights_bytes,
+        anchor=anchor,
+        offline=offline,
+    )
+    _show(found, json, tables.estimate)
+
+
+@app.command()
 def verify(bundle: Bundle, json: Json = False) -> None:
     """Check every digest of a bundle, then load it and compare it with its recorded reference."""
     from edgeq import tables, verifying

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgeq.catalog import Entry
     from edgeq.detect import BackendState
     from edgeq.doctor import Check
+    from edgeq.estimating.estimate import Estimate
     from edgeq.estimating.speed import Range
     from edgeq.profiles import Load, Profile, Speculation, Spread
     from edgeq.recommending.document import Recommendation
@@ -79,6 +80,42 @@ def _layouts(chosen: dict[str, str]) -> str:
         short = name.removeprefix("model.").removesuffix(".weight").replace("self_attn.", "").replace("mlp.", "")
         names.setdefault(layout, []).append(short.replace("layers.", ""))
     return "\n".join(f"{layout}: {' '.join(found)}" for layout, found in sorted(names.items()))
+
+
+def estimate(document: Estimate) -> Table:
+    """What a model would need and reach; estimates start with ~."""
+    usable = show_bytes(document.usable_bytes)
+    verdict = {True: f"yes, of {usable} usable", False: f"no, {usable} usable", None: f"- ({document.memory_reason})"}
+    longest = document.max_context
+    return _facts(
+        ("model", f"{document.model} {document.recipe}"),
+        ("target", f"{document.target}, {document.backend}"),
+        ("memory", f"~{show_bytes(document.total_bytes)}"),
+        (
+            "",
+            f"weights ~{show_bytes(document.weights_bytes)}, cache of {document.context} tokens "
+            f"~{show_bytes(document.kv_cache_bytes)}, states ~{show_bytes(document.state_bytes)}, "
+            f"engine ~{show_bytes(document.runtime_bytes)}",
+        ),
+        ("fits", verdict[document.fits]),
+        ("context", f"- ({document.memory_reason})" if longest is None else f"~{longest} tokens fit"),
+        ("prefill", _estimated(document.prefill_tokens_per_s, document.prefill_reason)),
+        (f"decode at {document.depth}", _estimated(document.decode_tokens_per_s, document.decode_reason)),
+        (
+            "first token",
+            f"- ({document.first_token_reason})"
+            if document.first_token_s is None
+            else f"~{document.first_token_s:.2f} s after a prompt of {document.prompt} tokens",
+        ),
+        ("basis", document.basis.replace("; ", "\n")),
+    )
+
+
+def _estimated(rate: Range | None, reason: str | None) -> str:
+    if rate is None:
+        return f"- ({reason})"
+    low, mid, high = (f"{each:.{0 if rate.mid >= 100 else 1}f}" for each in (rate.low, rate.mid, rate.high))
+    return f"~{mid} [{low}, {high}] tokens/s"
 
 
 def verified(document: Verified) -> Table:
@@ -255,12 +292,12 @@ def _interval(rate: Range | None, about: str) -> str:
 
 
 def _leaves(part: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for field in part.__struct_fields__:
-        value = getattr(part, field)
-        if hasattr(value, "__struct_fields__") and not isinstance(value, Figure):
+    fields = (
+        part.items() if isinstance(part, dict) else [(name, getattr(part, name)) for name in part.__struct_fields__]
+    )
+    for field, value in fields:
+        if isinstance(value, dict) or (hasattr(value, "__struct_fields__") and not isinstance(value, Figure)):
             yield from _leaves(value, f"{prefix}{field}.")
-        elif isinstance(value, dict):
-            yield from ((f"{prefix}{field}.{name}", each) for name, each in value.items())
         else:
             yield prefix + field, value
 

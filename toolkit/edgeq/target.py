@@ -168,6 +168,31 @@ class Match(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     by_name_only: bool = False
 
 
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a runtime reaches on the device, as `scripts/refit` writes it: `estimating.speed` says what it means.
+
+    eta: share of the theoretical bandwidth; layer_s: seconds of each layer on top; compute: share of the peak
+    arithmetic; intervals hold 90 %; correlation: of the errors of logit(eta) and ln(layer_s).
+    """
+
+    eta: float
+    eta_interval: tuple[float, float]
+    layer_s: float
+    layer_s_interval: tuple[float, float]
+    correlation: float
+    compute: float
+    compute_interval: tuple[float, float]
+    source: str
+
+    def __post_init__(self) -> None:
+        for name in ("eta", "layer_s", "compute"):
+            low, high = getattr(self, f"{name}_interval")
+            if not 0 < low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} is not positive and within {name}_interval")
+        if not self.eta_interval[1] < 1 or not -1 <= self.correlation <= 1 or not self.source.strip():
+            raise ValueError("eta_interval reaches 1, correlation is none, or source is empty")
+
+
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One device; `backends` and `recipes` are ordered best first, `host` is its triple (aarch64-linux-gnu)."""
 
@@ -186,6 +211,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     llamacpp: LlamaCpp = LlamaCpp()
     onnx: Onnx = Onnx()
     mlc: Mlc = Mlc()
+    calibration: dict[str, Calibration] = {}
     notes: tuple[str, ...] = ()
     sources: tuple[str, ...]
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import msgspec
 
-from edgeq.estimating import memory, rates, speed
-from edgeq.estimating.speed import Range, Rate
+from edgeq import size, sources
+from edgeq.errors import UsageFault
+from edgeq.estimating import memory, rates
+from edgeq.estimating.speed import Moved, Range, Rate
 from edgeq.model import Model
-from edgeq.recipe import Recipe
+from edgeq.profiles import Profile
+from edgeq.recipe import Recipe, parse
 from edgeq.target import Target
-
-if TYPE_CHECKING:
-    from edgeq.profiles import Profile
 
 PROMPT = 512
 """Tokens of the prompt that `prefill_tokens_per_s` and `first_token_s` are about, less in a smaller context."""
@@ -24,7 +25,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """The document of `edgeq estimate`: bytes, tokens per second, seconds; null where unknown, the reason beside it.
 
     context: tokens that the cache has room for; depth: those in it when decode is estimated. max_context: the most that
-    fit. basis: which data and which formula.
+    fit. first_token_s: of a prompt of `prompt` tokens. basis: which data and which formula.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     backend: str
     context: int
     depth: int
+    prompt: int
     weights_bytes: int
     kv_cache_bytes: int
     state_bytes: int
@@ -47,6 +49,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     decode_tokens_per_s: Range | None
     decode_reason: str | None
     first_token_s: float | None
+    first_token_reason: str | None
     basis: str
 
 
@@ -64,14 +67,19 @@ def estimate(
 ) -> Estimate:
     """Bytes and speed of a model under a recipe on a target, run by a backend or another runtime of published figures.
 
-    depth: tokens in the cache when decode is estimated. weights_bytes: of a file that exists already. anchor: a profile
-    of any model on that device and backend, which all rates are scaled by.
+    depth: tokens in the cache when decode is estimated. weights_bytes: of a file that exists already. anchor: what was
+    measured of any model on that device and backend, which the estimate follows. Raises UsageFault for an anchor of
+    another device or backend, or of a model that is neither in the catalogue nor a demo, and for an unknown runtime.
     """
     found = memory.needed(model, recipe, backend, context=context, weights_bytes=weights_bytes)
+    device = _Device.of(target, rates.canonical(backend))
+    if anchor is not None:
+        device = device.anchored(_checked(anchor, target, backend))
+    work = _Work(model, moved(model, recipe, backend, found.weights_bytes, depth), min(PROMPT, context))
+    decode, decode_reason = device.decode(work)
+    prefill, prefill_reason = device.prefill(work)
+    fits, memory_reason = _fits(found, target)
     usable = memory.usable_bytes(target)
-    rate = rates.find(target, backend)
-    decode, decode_reason = _decode(model, recipe, target, backend, found, depth, rate)
-    prefill, prefill_reason = _prefill(model, recipe, target, backend, found, min(PROMPT, context), rate)
     return Estimate(
         model=name,
         target=target.name,
@@ -79,44 +87,147 @@ def estimate(
         backend=backend,
         context=context,
         depth=depth,
+        prompt=work.prompt,
         weights_bytes=found.weights_bytes,
         kv_cache_bytes=found.kv_cache_bytes,
         state_bytes=found.state_bytes,
         runtime_bytes=found.runtime_bytes,
         total_bytes=found.total_bytes,
         usable_bytes=usable,
-        fits=None if usable is None else found.total_bytes <= usable,
+        fits=fits,
         max_context=None if usable is None else memory.largest_context(model, found, usable),
-        memory_reason=None if usable is not None else f"{target.name} does not say what share of its memory is usable",
+        memory_reason=memory_reason,
         prefill_tokens_per_s=prefill,
         prefill_reason=prefill_reason,
         decode_tokens_per_s=decode,
         decode_reason=decode_reason,
-        first_token_s=None if prefill is None else min(PROMPT, context) / prefill.mid,
-        basis=rate.source,
+        first_token_s=None if prefill is None else work.prompt / prefill.mid,
+        first_token_reason=prefill_reason,
+        basis=device.basis(work),
     )
 
 
-def _decode(
-    model: Model, recipe: Recipe, target: Target, backend: str, found: memory.Needed, depth: int, rate: Rate
-) -> tuple[Range | None, str | None]:
-    bandwidth = target.memory.bandwidth_bytes_per_s
-    if bandwidth is None:
-        return None, f"the memory bandwidth of {target.name} is not known"
-    moved = found.weights_bytes - memory.table_bytes(model, recipe, backend)
-    moved += 2 * memory.recurrent_bytes(model) + math.ceil(found.cache_bytes_per_token * depth)
-    return speed.around(1 / speed.decode_s(moved, model.layers, bandwidth.value, rate), rate.interval), None
+def moved(model: Model, recipe: Recipe, backend: str, weights_bytes: int, depth: int) -> Moved:
+    """Bytes that one decoded token moves after `depth` others; a table that is only looked up is not read.
+
+    States are read and written, keys and values of all earlier tokens are read.
+    """
+    return Moved(
+        weights=weights_bytes * (1 - _looked_up(model, recipe, backend)),
+        states=2 * memory.recurrent_bytes(model),
+        cache=memory.cache_bytes_per_token(model, recipe, backend) * depth,
+        k_quant=recipe.body.is_ggml and recipe.body.name.endswith("_k"),
+    )
 
 
-def _prefill(
-    model: Model, recipe: Recipe, target: Target, backend: str, found: memory.Needed, tokens: int, rate: Rate
-) -> tuple[Range | None, str | None]:
-    bandwidth, peak = target.memory.bandwidth_bytes_per_s, target.gpu.fp16_flop_per_s if target.gpu else None
-    if bandwidth is None:
-        return None, f"the memory bandwidth of {target.name} is not known"
-    if peak is None:
-        return None, f"the peak arithmetic of {target.name} is not known"
-    weights = found.weights_bytes - memory.table_bytes(model, recipe, backend)
-    operations = 2.0 * (model.parameters - model.vocab * model.hidden) * tokens
-    seconds = speed.prefill_s(operations, weights, model.layers, bandwidth.value, peak.value, rate)
-    return speed.around(tokens / seconds, rate.compute_interval), None
+def _looked_up(model: Model, recipe: Recipe, backend: str) -> float:
+    """Share of the weights that a token does not read."""
+    table = memory.table_bytes(model, recipe, backend)
+    return table / size.weight_bytes(model, recipe, memory.scale_bits(recipe, backend)) if table else 0.0
+
+
+def _checked(anchor: Profile, target: Target, backend: str) -> Profile:
+    if anchor.target != target.name or anchor.backend != rates.canonical(backend):
+        raise UsageFault(
+            f"the anchor was measured with {anchor.backend} on {anchor.target}",
+            why=f"It says nothing about {backend} on {target.name}.",
+            run=f"edgeq estimate ... --target {anchor.target} --backend {anchor.backend}",
+        )
+    return anchor
+
+
+@functools.cache
+def _shape(name: str) -> Model:
+    """Shape of a model that a profile names."""
+    return sources.configured(name, offline=True)[1]
+
+
+def _fits(found: memory.Needed, target: Target) -> tuple[bool | None, str | None]:
+    usable, total = memory.usable_bytes(target), target.memory.total_bytes
+    if usable is not None:
+        return found.total_bytes <= usable, None
+    if total is None:
+        return None, f"the memory of {target.name} is not known"
+    reason = f"what share of the memory of {target.name} a model may take is not known"
+    return (False if found.total_bytes > total.value else None), reason
+
+
+@dataclass(frozen=True)
+class _Work:
+    model: Model
+    moved: Moved
+    prompt: int
+
+    @property
+    def operations(self) -> float:
+        """Multiplications and additions of reading the prompt: two for each weight but the tables', and attention."""
+        model = self.model
+        tables = model.vocab * model.hidden * (1 if model.tied else 2)
+        attention = 2 * self.prompt * model.full_attention_layers * model.heads * model.head_dim
+        return self.prompt * (2.0 * (model.parameters - tables) + attention)
+
+
+@dataclass(frozen=True)
+class _Device:
+    """A target under a runtime: bandwidth in bytes per second, peak in operations per second, null where unknown."""
+
+    name: str
+    rate: Rate
+    bandwidth: float | None
+    peak: float | None
+    measured: str | None = None
+
+    @classmethod
+    def of(cls, target: Target, backend: str) -> _Device:
+        bandwidth = target.memory.bandwidth_bytes_per_s
+        part = target.cpu if rates.api_of(target, backend) == "cpu" else target.gpu
+        peak = part.fp16_flop_per_s if part else None
+        rate = rates.find(target, backend)
+        return cls(target.name, rate, bandwidth.value if bandwidth else None, peak.value if peak else None)
+
+    def anchored(self, anchor: Profile) -> _Device:
+        """The same after a profile was seen: each of its decode figures, then its prompts."""
+        found, model, weights = self, _shape(anchor.model), anchor.bundle.bytes
+        wanted = parse(anchor.recipe)
+        for row in anchor.decode:
+            if found.bandwidth is not None:
+                read = moved(model, wanted, anchor.backend, weights, row.depth + row.tokens // 2)
+                rate = found.rate.measured(1 / row.tokens_per_s.median, read, model.layers, found.bandwidth)
+                found = replace(found, rate=rate)
+        for prompt in anchor.prefill:
+            if prompt.depth == 0:
+                work = _Work(model, moved(model, wanted, anchor.backend, weights, 0), prompt.tokens)
+                found = found._read(work, prompt.tokens / prompt.tokens_per_s.median)
+        return replace(found, measured=f"{anchor.model} {anchor.recipe}")
+
+    def _read(self, work: _Work, seconds: float) -> _Device:
+        """The same after a prompt was seen to take so long; an unknown peak becomes what was reached."""
+        if self.peak is None:
+            return replace(self, peak=work.operations / seconds, rate=replace(self.rate, log_compute=0.0))
+        return replace(self, rate=replace(self.rate, log_compute=math.log(work.operations / seconds / self.peak)))
+
+    def decode(self, work: _Work) -> tuple[Range | None, str | None]:
+        if self.bandwidth is None:
+            return None, f"the memory bandwidth of {self.name} is not known"
+        return self.rate.decode(work.moved, work.model.layers, self.bandwidth), None
+
+    def prefill(self, work: _Work) -> tuple[Range | None, str | None]:
+        if self.bandwidth is None or self.peak is None:
+            missing = "memory bandwidth" if self.bandwidth is None else "peak arithmetic"
+            return None, f"the {missing} of {self.name} is not known"
+        runs = self.rate.prefill(work.operations, self.peak, work.moved, work.model.layers, self.bandwidth)
+        return Range(*(work.prompt * each for each in (runs.low, runs.mid, runs.high))), None
+
+    def basis(self, work: _Work) -> str:
+        """Which data, and the formula with its numbers."""
+        rate, shares = self.rate, self.rate.shares
+        words = ([f"measured there: {self.measured}"] if self.measured else []) + [rate.source]
+        if self.bandwidth is not None:
+            words.append(
+                f"decode = (weights + states / {math.exp(shares.states):.2f} + cache / {math.exp(shares.cache):.2f})"
+                f" / ({self.bandwidth / 1e9:g} GB/s x {rate.eta:.2f}) + {work.model.layers} layers"
+                f" x {rate.layer_s * 1e6:.0f} us"
+            )
+        if self.bandwidth is not None and self.peak is not None:
+            words.append(f"prefill = operations / ({self.peak / 1e12:.3g} TFLOP/s x {math.exp(rate.log_compute):.2f})")
+        return "; ".join(words)

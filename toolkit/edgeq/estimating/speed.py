@@ -1,14 +1,26 @@
-"""Seconds that a token takes: the roofline of a device under a runtime, as pure arithmetic."""
+"""Seconds that a token takes: the roofline of a device under a runtime, as pure arithmetic.
+
+    seconds = (weights + states / states_share + cache / cache_share) / (bandwidth x eta) + layers x layer_s
+
+`eta` is the share of the theoretical bandwidth that reading weights reaches, `layer_s` what each layer costs on top
+(kernel launches, synchronisation). States and keys and values are read by kernels that reach a smaller share. Reading a
+prompt is arithmetic: operations / (peak x compute), or reading the weights once where that takes longer.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import msgspec
 
+NINETY = 1.645
+"""Standard deviations on each side of a normal distribution's mean that hold 90 % of it."""
+_ROUNDS = 12
+
 
 class Range(msgspec.Struct, frozen=True):
-    """An estimate with the interval that nine of ten figures are expected in."""
+    """An estimate, and the interval that nine of ten figures are expected in."""
 
     low: float
     mid: float
@@ -16,31 +28,127 @@ class Range(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True)
-class Rate:
-    """What a runtime reaches on a device: `eta`, share of the bandwidth; `layer_s`, seconds that each layer costs on top.
+class Moved:
+    """Bytes that one decoded token reads or writes; k_quant: most weights are in GGML's K layouts."""
 
-    interval: factor, above 1, that 90 % of the figures are within; compute: share of the peak arithmetic that reading a
-    prompt reaches, with `compute_interval` likewise; source: where they come from.
+    weights: float
+    states: float
+    cache: float
+    k_quant: bool = False
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What all devices have in common.
+
+    states, cache: share of `eta` that kernels of states and of attention reach, in logarithms with the deviation of the
+    latter; k_quant: what K layouts add to the logit of eta; figure_sd: deviation of the logarithm of one figure from
+    what its device and runtime do on average.
     """
 
-    eta: float
-    layer_s: float
-    interval: float
-    compute: float
-    compute_interval: float
+    states: float
+    cache: float
+    cache_sd: float
+    k_quant: float
+    figure_sd: float
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What a runtime reaches on a device, as far as it is known: a normal distribution of logit(eta) and ln(layer_s).
+
+    compute: ln of the share of the peak arithmetic that reading a prompt reaches, with its deviation.
+    """
+
+    logit_eta: float
+    eta_sd: float
+    log_layer_s: float
+    layer_sd: float
+    correlation: float
+    log_compute: float
+    compute_sd: float
+    shares: Shares
     source: str
 
+    @property
+    def eta(self) -> float:
+        """Middle share of the bandwidth."""
+        return _sigmoid(self.logit_eta)
 
-def decode_s(moved_bytes: float, layers: int, bandwidth: float, rate: Rate) -> float:
-    """Seconds of one decoded token that moves so many bytes: bytes / (bandwidth x eta) + layers x layer_s."""
-    return moved_bytes / (bandwidth * rate.eta) + layers * rate.layer_s
+    @property
+    def layer_s(self) -> float:
+        """Middle seconds of a layer."""
+        return math.exp(self.log_layer_s)
+
+    def decode_s(self, moved: Moved, layers: int, bandwidth: float) -> float:
+        """Seconds of one decoded token."""
+        return sum(self._parts(moved, layers, bandwidth))
+
+    def decode(self, moved: Moved, layers: int, bandwidth: float) -> Range:
+        """Tokens per second of decoding."""
+        to_eta, to_layer, to_cache = self._slopes(moved, layers, bandwidth)
+        variance = (to_eta * self.eta_sd) ** 2 + (to_layer * self.layer_sd) ** 2
+        variance += 2 * to_eta * to_layer * self.correlation * self.eta_sd * self.layer_sd
+        variance += (to_cache * self.shares.cache_sd) ** 2 + self.shares.figure_sd**2
+        return around(1 / self.decode_s(moved, layers, bandwidth), math.sqrt(variance))
+
+    def prefill(self, operations: float, peak: float, moved: Moved, layers: int, bandwidth: float) -> Range:
+        """Runs per second of a chunk of a prompt that takes so many operations and reads the weights once."""
+        arithmetic = operations / (peak * math.exp(self.log_compute))
+        reading = self.decode_s(replace(moved, cache=0.0), layers, bandwidth)
+        return around(1 / max(arithmetic, reading), self.compute_sd)
+
+    def measured(self, seconds: float, moved: Moved, layers: int, bandwidth: float) -> Rate:
+        """The rate once a token of some model was seen to take `seconds`: an iterated Kalman step in logarithms.
+
+        What eta and layer_s take of the difference is what each was uncertain about.
+        """
+        covariance = self.correlation * self.eta_sd * self.layer_sd
+        found = self
+        for _ in range(_ROUNDS):
+            to_eta, to_layer, to_cache = found._slopes(moved, layers, bandwidth)
+            along_eta = to_eta * self.eta_sd**2 + to_layer * covariance
+            along_layer = to_eta * covariance + to_layer * self.layer_sd**2
+            total = to_eta * along_eta + to_layer * along_layer
+            total += (to_cache * self.shares.cache_sd) ** 2 + self.shares.figure_sd**2
+            missed = math.log(seconds / found.decode_s(moved, layers, bandwidth))
+            missed += to_eta * (found.logit_eta - self.logit_eta) + to_layer * (found.log_layer_s - self.log_layer_s)
+            found = replace(
+                self,
+                logit_eta=self.logit_eta + along_eta / total * missed,
+                log_layer_s=self.log_layer_s + along_layer / total * missed,
+            )
+        eta_sd = math.sqrt(self.eta_sd**2 - along_eta**2 / total)
+        layer_sd = math.sqrt(self.layer_sd**2 - along_layer**2 / total)
+        left = (covariance - along_eta * along_layer / total) / (eta_sd * layer_sd)
+        return replace(found, eta_sd=eta_sd, layer_sd=layer_sd, correlation=max(-1.0, min(1.0, left)))
+
+    def _parts(self, moved: Moved, layers: int, bandwidth: float) -> tuple[float, float, float]:
+        """Seconds for weights and states, for the cache, and for layers."""
+        reached = bandwidth * self._eta(moved)
+        reading = (moved.weights + moved.states / math.exp(self.shares.states)) / reached
+        return reading, moved.cache / math.exp(self.shares.cache) / reached, layers * self.layer_s
+
+    def _eta(self, moved: Moved) -> float:
+        return _sigmoid(self.logit_eta + (self.shares.k_quant if moved.k_quant else 0.0))
+
+    def _slopes(self, moved: Moved, layers: int, bandwidth: float) -> tuple[float, float, float]:
+        """Slopes of ln(seconds) along logit(eta), ln(layer_s) and ln(the cache's share)."""
+        reading, cache, overhead = self._parts(moved, layers, bandwidth)
+        total = reading + cache + overhead
+        return -(reading + cache) / total * (1 - self._eta(moved)), overhead / total, -cache / total
 
 
-def prefill_s(operations: float, weight_bytes: float, layers: int, bandwidth: float, peak: float, rate: Rate) -> float:
-    """Seconds of one chunk of a prompt: its arithmetic, or reading the weights once where that takes longer."""
-    return max(operations / (peak * rate.compute), decode_s(weight_bytes, layers, bandwidth, rate))
+def around(mid: float, deviation: float) -> Range:
+    """Range of a figure whose logarithm has a standard deviation."""
+    factor = math.exp(NINETY * deviation)
+    return Range(mid / factor, mid, mid * factor)
 
 
-def around(mid: float, interval: float) -> Range:
-    """Range of a figure within a factor."""
-    return Range(mid / interval, mid, mid * interval)
+def logit(share: float) -> float:
+    """ln(share / (1 - share))."""
+    return math.log(share / (1 - share))
+
+
+def _sigmoid(value: float) -> float:
+    return 1 / (1 + math.exp(-value))

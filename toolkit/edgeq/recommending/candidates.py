@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
+
 from edgeq import backends, data, profiles, recipe, size
 from edgeq.catalog import Entry
 from edgeq.errors import UnsupportedModel, UsageFault
@@ -56,7 +58,8 @@ def measured_rows(target: Target) -> dict[Key, Profile]:
         for path in sorted((folder / target.name).glob("*.json")):
             row = profiles.read(path)
             if row.valid:
-                rows[names.get(row.model, row.model), row.recipe, row.backend] = row
+                name = names.get(row.model, row.model)
+                rows[name, row.recipe, row.backend] = msgspec.structs.replace(row, model=name)
     return rows
 
 
