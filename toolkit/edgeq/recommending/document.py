@@ -40,9 +40,9 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """One model under one recipe, run by one backend.
 
     Speeds are with `depth` tokens in the cache, memory is with room for the whole context. quality: of the model as
-    floats; score: what quantization leaves of it. answer_s: seconds of reading a prompt and writing an answer, by the
-    low end of the speeds. front: no other eligible candidate is at least as good in quality, speed and memory.
-    excluded_by: constraints that it misses; reasons: one sentence each.
+    floats; score: what quantization leaves of it. answer_s: seconds to read a prompt and write an answer. front: no
+    other eligible candidate is at least as good in quality, speed and memory. excluded_by: constraints that it misses;
+    reasons: one sentence each.
     """
 
     model: str

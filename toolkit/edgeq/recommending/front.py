@@ -1,9 +1,10 @@
 """Which of the eligible candidates is chosen, and why each other one is not.
 
-None on the front is beaten in quality, speed and memory at once. Of the front the choice is the best balance of
-quality and waiting: points of quality after quantization, less one for each `SECONDS_PER_POINT` that reading a prompt
-and writing an answer take, by the low ends of speeds. What writes more slowly than people read is taken only where
-nothing is faster. Where no speed is known, candidates are weighed as if weights were read at `SLOW_BYTES_PER_S`.
+None on the front is beaten in quality, speed and memory at once. Estimates do not rank engines: of candidates that
+differ in their backend alone, measured ones are considered, else the one whose backend the target names first. The
+choice is the best balance of quality and waiting: points of quality after quantization, less one for each `SECONDS_PER_POINT`
+that reading a prompt and writing an answer take. What writes more slowly than people read is taken only where nothing
+is faster. Where no speed is known, candidates are weighed as if weights were read at `SLOW_BYTES_PER_S`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ RULE = (
 )
 
 
+_NEAR = 0.5  # points: far less than any of the figures is known to
+
+
 def timed(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Candidates with the seconds of an answer; the prompt counts where the time to read it is known for all."""
     prompt = all(each.first_token_s for each in candidates)
@@ -37,14 +41,13 @@ def timed(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def marked(eligible: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates with those on the front marked; of equal ones the first, whose backend suits the device best."""
-    seen: set[tuple[float, float, float]] = set()
-    found = []
-    for each in eligible:
-        front = _figures(each) not in seen and not any(_beats(other, each) for other in eligible)
-        seen.add(_figures(each))
-        found.append(msgspec.structs.replace(each, front=front))
-    return found
+    """Candidates with those on the front marked; they are in the target's order of backends."""
+    first: dict[tuple[str, str], Candidate] = {}
+    for each in sorted(eligible, key=lambda each: each.evidence != "measured"):
+        first.setdefault((each.model, each.recipe), each)
+    considered = [each for each in eligible if each.evidence == "measured" or first[each.model, each.recipe] is each]
+    front = [each for each in considered if not any(_beats(other, each) for other in considered)]
+    return [msgspec.structs.replace(each, front=any(each is one for one in front)) for each in eligible]
 
 
 def balance(candidate: Candidate) -> float:
@@ -53,8 +56,10 @@ def balance(candidate: Candidate) -> float:
 
 
 def choose(eligible: Sequence[Candidate]) -> Candidate:
-    """The best balance on the front."""
-    return max((each for each in eligible if each.front), key=_rank)
+    """The best balance on the front; of nearly equal recipes of one model the first in the target's order."""
+    best = max((each for each in eligible if each.front), key=_rank)
+    near = (each for each in eligible if each.front and each.model == best.model and _rank(each)[:2] == _rank(best)[:2])
+    return next(each for each in near if balance(best) - balance(each) <= _NEAR)
 
 
 def why_chosen(chosen: Candidate, eligible: Sequence[Candidate]) -> tuple[str, ...]:
@@ -83,12 +88,17 @@ def why_chosen(chosen: Candidate, eligible: Sequence[Candidate]) -> tuple[str, .
 
 def why_lost(loser: Candidate, chosen: Candidate, eligible: Sequence[Candidate]) -> str:
     """Why an eligible candidate is not the choice, in one line."""
-    if _figures(loser) == _figures(chosen):
-        return f"as good as {chosen.title}, whose backend comes first for this device"
     if not loser.front:
-        better = [each for each in eligible if each.front and _figures(each) != _figures(loser) and _beats(each, loser)]
-        if not better:
-            return f"as good as one whose backend comes first for this device: {_difference(loser, chosen)}"
+        better = [each for each in eligible if each.front and _beats(each, loser)]
+        twins = [each for each in eligible if (each.model, each.recipe) == (loser.model, loser.recipe)]
+        twin = min(twins, key=lambda each: each.evidence != "measured")
+        if twin is not loser and (loser.evidence != "measured" or not better):
+            why = (
+                "was measured"
+                if twin.evidence == "measured"
+                else "is named first for this device, neither was measured"
+            )
+            return f"{twin.backend} {why}: {_difference(loser, twin)}"
         winner = chosen if chosen in better else max(better, key=_rank)
         return f"{winner.title} is at least as good, fast and small: {_difference(loser, winner)}"
     if _too_slow(loser) and not _too_slow(chosen):
@@ -147,8 +157,8 @@ def _answer_s(candidate: Candidate, prompt: bool) -> float | None:
     if speed is None:
         return None
     thoughts = THOUGHTS if candidate.thinking and candidate.thinking.always else 0
-    reading = candidate.first_token_s.high if prompt and candidate.first_token_s else 0.0
-    return reading + (ANSWER + thoughts) / speed.low
+    reading = candidate.first_token_s.mid if prompt and candidate.first_token_s else 0.0
+    return reading + (ANSWER + thoughts) / speed.mid
 
 
 def _rank(candidate: Candidate) -> tuple[bool, bool, float]:
