@@ -13,11 +13,13 @@ from edgeq.errors import CorruptInput, UsageFault
 
 Api = Literal["cuda", "metal", "vulkan", "webgpu", "cpu"]
 BackendName = Literal["onnx", "llamacpp", "mlc", "null"]
+DeviceClass = Literal["jetson", "sbc", "phone", "handheld", "mac", "laptop", "mini-pc", "computer", "server", "browser"]
 CodeGenerator = Literal["llvm", "cuda", "metal", "opencl", "webgpu", "vulkan"]
 HOST = "host"
 _NAME = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 _CMAKE_ARGUMENT = re.compile(r"-D\w+=[\w./;:+-]+")
 _ARCH = re.compile(r"[\w.+-]+( [\w.+-]+)*")
+_RATE = re.compile(r"(cpu|gpu|both)(_[a-z0-9]+)*_bytes_per_s")
 _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+_-]*")
 _CODE_GENERATORS: dict[Api, tuple[CodeGenerator, ...]] = {
     "cpu": ("llvm",),
@@ -42,25 +44,39 @@ class Figure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Cpu(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Processor: architecture, model, physical cores, and the instruction sets that matter, by `machine`'s names."""
+    """Processor: architecture, model, physical cores, and the instruction sets that matter, by `machine`'s names.
+
+    The rates are dense peaks of all its fast cores, in operations per second.
+    """
 
     arch: Literal["x86_64", "aarch64", "wasm32"]
     model: str
     cores: Figure | None = None
     isa: tuple[str, ...]
+    fp32_flop_per_s: Figure | None = None
+    fp16_flop_per_s: Figure | None = None
+    int8_op_per_s: Figure | None = None
 
 
 class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Memory that models live in: its size, the share left for a model (0 to 1), and the theoretical bandwidth.
 
-    It is the GPU's own where the GPU has its own, else the RAM.
+    It is the GPU's own where the GPU has its own, else the RAM. `varies`: the device is sold with other sizes too, and
+    `total_bytes` is one of them. `measured` has published rates by who moved the bytes and how, all names ending in
+    `_bytes_per_s`: `cpu_copy_bytes_per_s`, `gpu_triad_bytes_per_s`.
     """
 
     total_bytes: Figure | None = None
+    varies: bool = False
     usable_share: Figure | None = None
     bandwidth_bytes_per_s: Figure | None = None
+    measured: dict[str, Figure] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if wrong := [name for name in self.measured if not _RATE.fullmatch(name)]:
+            raise ValueError(f"memory.measured: {wrong[0]!r} is not a name such as cpu_copy_bytes_per_s")
+        if self.varies and self.total_bytes is None:
+            raise ValueError("memory.varies needs total_bytes, one of the sizes")
         if self.usable_share and self.usable_share.value > 1:
             raise ValueError("usable_share is above 1")
 
@@ -133,15 +149,23 @@ class Mlc(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
 class Match(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How a machine is recognised: `isa` it has, `without` it has not, and parts of its device-tree model, all of them.
 
-    `product` is the firmware's name of the computer, `gpu` the driver's name of its GPU, both whole. A machine with a
-    faster instruction set than the target's is another device: what it measures is not this target's.
+    `device_tree_without` has parts that the model must not have, `compatible` what the device tree calls the chip.
+    `product` is the firmware's name of the computer, `gpu` the driver's name of its GPU, both whole; `cpu` has parts of
+    the processor's name, one of which it has, `cores` how many physical ones. A machine with a faster instruction set
+    than the target's is another device: what it measures is not this target's. `by_name_only`: no machine says of
+    itself that it is this one.
     """
 
     isa: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
     device_tree: tuple[str, ...] = ()
+    device_tree_without: tuple[str, ...] = ()
+    compatible: tuple[str, ...] = ()
+    cpu: tuple[str, ...] = ()
+    cores: int | None = None
     product: str | None = None
     gpu: str | None = None
+    by_name_only: bool = False
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -150,6 +174,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     name: str
     title: str
     aliases: tuple[str, ...] = ()
+    device_class: DeviceClass | None = None
     api: Api
     host: str
     cpu: Cpu
