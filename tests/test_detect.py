@@ -90,6 +90,11 @@ def test_a_laptop_with_two_gpus_is_the_one_with_cuda(tmp_path: Path) -> None:
     assert found.name == "geforce-rtx-4060-laptop-8gb"
 
 
+def test_a_board_of_the_same_chip_with_other_memory_is_another(tmp_path: Path) -> None:
+    machine = msgspec.structs.replace(this_machine(machines.orange_pi_5(tmp_path)), device_tree="Orange Pi 5 Max")
+    assert "without 'Max'" in (detect.mismatch(target.load("orange-pi-5"), machine) or "")
+
+
 def test_what_is_only_asked_for_by_name_is_never_found(tmp_path: Path) -> None:
     machine = this_machine(machines.desktop(tmp_path))
     assert "by name" in (detect.mismatch(target.load("x86-laptop-ddr5"), machine) or "")
@@ -189,6 +194,18 @@ def test_an_unknown_machine_with_a_gpu_is_a_cuda_target(vm: Machine) -> None:
     assert found.gpu is not None
     assert found.gpu.arch == "sm_89"
     assert found.mlc.limits() == target.load("rtx-4060-laptop").mlc.limits()
+
+
+@pytest.mark.parametrize(("memory_bytes", "api"), [(16 << 30, "vulkan"), (None, "cpu")])
+def test_an_unknown_machine_uses_vulkan_where_the_gpu_has_memory_of_its_own(
+    tmp_path: Path, memory_bytes: int | None, api: str
+) -> None:
+    gpu = Accelerator(name="AMD Radeon RX 7800 XT (RADV NAVI32)", api="vulkan", memory_bytes=memory_bytes)
+    machine = this_machine(machines.x86_laptop(tmp_path, "AMD Ryzen 5 9600X", machines.AVX2 + " avx_vnni"))
+    found = detect.resolve("host", msgspec.structs.replace(machine, accelerators=(gpu,)))
+    assert (found.name, found.api) == ("host", api)
+    assert found.onnx.provider == ("webgpu" if api == "vulkan" else "cpu")
+    assert found.memory.total_bytes == Figure(memory_bytes or 31900000 * 1024, detect.READ_HERE)
 
 
 def test_another_architecture_is_refused(vm: Machine) -> None:

@@ -49,6 +49,8 @@ def test_a_jetson_has_a_gpu_that_shares_its_memory(tmp_path: Path) -> None:
 
 def test_clusters_are_named_big_ones_first(tmp_path: Path) -> None:
     assert this_machine(machines.rk3588(tmp_path)).cpu_model == "4x Cortex-A76 + 4x Cortex-A55"
+    assert this_machine(machines.snapdragon_x_laptop(tmp_path / "laptop")).cpu_model == "Oryon"
+    assert this_machine(machines.jetson_xavier_nx(tmp_path / "board")).cpu_model == "Carmel"
 
 
 def test_the_tightest_limit_of_nested_groups_counts(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from edgeq import target as targets
 from edgeq.accelerators import Accelerator
 from edgeq.errors import MissingTool, UsageFault
 from edgeq.machine import Machine, this_machine
-from edgeq.target import HOST, BackendName, Cpu, Figure, Gpu, Match, Memory, Mlc, Target
+from edgeq.target import HOST, BackendName, Cpu, Figure, Gpu, Match, Memory, Mlc, Onnx, Target
 
 READ_HERE = "read from the machine itself"
 _SMALLEST_RAM_SHARE = 0.8  # firmware and graphics take the rest before the system counts it
@@ -20,12 +20,15 @@ _BACKENDS: dict[str, tuple[BackendName, ...]] = {
     "cpu": ("onnx", "llamacpp", "mlc"),
     "cuda": ("llamacpp", "mlc", "onnx"),
     "metal": ("llamacpp", "mlc", "onnx"),
+    "vulkan": ("llamacpp", "onnx", "mlc"),
 }
 _MLC = {
     "cuda": Mlc(max_threads_per_block=1024, max_shared_memory_per_block=49152, thread_warp_size=32),
     "metal": Mlc(max_threads_per_block=1024, max_shared_memory_per_block=32768, thread_warp_size=32),
+    "vulkan": Mlc(kind="opencl", max_threads_per_block=256, max_shared_memory_per_block=32768, thread_warp_size=1),
 }
-"""What every GPU of an API has: CUDA C++ programming guide, compute capabilities; Metal feature set tables."""
+"""What every GPU of an API has: CUDA C++ programming guide, compute capabilities; Metal feature set tables; OpenCL 3.0
+specification, device queries of the full profile, and TVM 0.26's own assumption of 256 threads and no warps."""
 
 
 class BackendState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -162,13 +165,14 @@ def _gib(size: float) -> str:
 
 
 def _host(machine: Machine) -> Target:
+    """Target of an unknown machine: its GPU by CUDA or Metal, or by Vulkan where the GPU has memory of its own."""
     if machine.arch not in ("x86_64", "aarch64"):
         raise UsageFault(
             f"this machine's processor ({machine.arch}) is not supported",
             why="edgeq builds for x86_64 and aarch64.",
             run="edgeq targets list",
         )
-    gpu = next((gpu for gpu in machine.accelerators if gpu.api in _BACKENDS), None)
+    gpu = next((gpu for gpu in machine.accelerators if gpu.api != "vulkan" or gpu.memory_bytes), None)
     api = gpu.api if gpu else "cpu"
     return Target(
         name=HOST,
@@ -181,6 +185,7 @@ def _host(machine: Machine) -> Target:
         match=Match(isa=machine.isa),
         backends=_BACKENDS[api],
         recipes=_RECIPES,
+        onnx=Onnx(provider="webgpu" if api == "vulkan" else "cpu"),
         mlc=_MLC.get(api, Mlc()),
         sources=(READ_HERE,),
     )

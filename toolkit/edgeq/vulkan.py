@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-_LIBRARY = "libvulkan.so.1"
+_LIBRARIES = ("libvulkan.so.1", "libvulkan.so")  # Linux, Android
 _ASK = (sys.executable, "-P", "-m", "edgeq.vulkan")
 _ASK_SECONDS = 10.0
 _CREATE_INSTANCE = 1  # VK_STRUCTURE_TYPE_INSTANCE_CREATE_INFO
@@ -69,10 +69,12 @@ class _Memory(ctypes.Structure):
 
 def library() -> Any:
     """The Vulkan loader, or None where there is none."""
-    try:
-        return ctypes.CDLL(_LIBRARY)
-    except OSError:
-        return None
+    for name in _LIBRARIES:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
 
 
 @cache
