@@ -202,9 +202,13 @@ def test_what_was_stopped_stays_and_what_failed_goes(tmp_path: Path, error: Base
     assert not folder.exists()
 
 
-def test_a_text_without_a_calibrated_recipe_is_refused(tiny: Build, tmp_path: Path, text: Path) -> None:
-    with pytest.raises(UsageFault, match="--calibration has no use for w4g32-e8-rtn"):
-        plan(tiny("3"), tmp_path / "out", text, recipe_name="w4g32-e8-rtn")
+@pytest.mark.parametrize("name, near", [("w4g64-e8-rtn", "w4g64-e8-guided"), ("w16", "w4g32-e8-guided")])
+def test_a_text_without_a_calibrated_recipe_is_refused_with_one_that_is(
+    tiny: Build, tmp_path: Path, text: Path, name: str, near: str
+) -> None:
+    with pytest.raises(UsageFault, match=f"--calibration has no use for {name}") as caught:
+        plan(tiny("3"), tmp_path / "out", text, recipe_name=name)
+    assert near in (caught.value.run or "")
 
 
 def test_checkpoints_without_a_template_are_read_as_plain_text(tmp_path: Path, text: Path) -> None:

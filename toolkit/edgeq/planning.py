@@ -187,10 +187,11 @@ def _max_loss(wanted: float) -> float:
 def _calibration(wanted: Recipe, engine: Backend, source: str | None) -> str | None:
     needed = wanted.calibrated or wanted.mixed or engine.calibrates_cache(wanted)
     if source is not None and not needed:
+        fitted = "w4g32-e8-guided" if wanted.body.is_float else str(wanted).replace(f"-{wanted.method}", "-guided")
         raise UsageFault(
             f"--calibration has no use for {wanted}",
-            why=f"{wanted.method} looks at weights alone.",
-            run=f"edgeq build ... --recipe {str(wanted).replace(f'-{wanted.method}', '-guided')}",
+            why="It looks at weights alone.",
+            run=f"edgeq build ... --recipe {fitted}",
         )
     return source or calibration.BUNDLED if needed else None
 
