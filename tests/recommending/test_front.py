@@ -43,7 +43,7 @@ def test_nearly_equal_recipes_go_by_the_targets_order() -> None:
 
 
 def test_the_choice_weighs_quality_against_waiting() -> None:
-    quick, good = candidate("qwen3-1.7b", score=70, tps=40), candidate(score=74, tps=20, memory=4 << 30)
+    quick, good = candidate("qwen3-1.7b", score=70, tps=40), candidate(score=72, tps=20, memory=4 << 30)
     assert chosen(quick, good)[0].score == 70
     assert chosen(quick, candidate(score=84, tps=20, memory=4 << 30))[0].score == 84
 

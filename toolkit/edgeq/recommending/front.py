@@ -1,10 +1,12 @@
 """Which of the eligible candidates is chosen, and why each other one is not.
 
 None on the front is beaten in quality, speed and memory at once. Estimates do not rank engines: of candidates that
-differ in their backend alone, measured ones are considered, else the one whose backend the target names first. The
-choice is the best balance of quality and waiting: points of quality after quantization, less one for each `SECONDS_PER_POINT`
-that reading a prompt and writing an answer take. What writes more slowly than people read is taken only where nothing
-is faster. Where no speed is known, candidates are weighed as if weights were read at `SLOW_BYTES_PER_S`.
+differ in their backend alone, measured ones are considered, else the one whose backend the target names first.
+
+The choice is the best balance of quality and waiting: points of quality after quantization, less one for each
+`SECONDS_PER_POINT` that reading a prompt and writing an answer take. What writes more slowly than people read is taken
+only where nothing is faster. Where no speed is known, candidates are weighed as if weights were read at
+`SLOW_BYTES_PER_S`.
 """
 
 from __future__ import annotations
