@@ -337,7 +337,7 @@ def models_list(json: Json = False) -> None:
     """All models of the catalogue and the bundled demos."""
     from edgeq import catalog, tables
 
-    _show([catalog.load(name) for name in catalog.names()], json, tables.models)
+    _show(catalog.entries(), json, tables.models)
 
 
 @models_app.command("show")

@@ -135,7 +135,7 @@ def thinking(entry: Entry) -> ThinkingScore | None:
 @cache
 def of_catalogue() -> Order:
     """Order of all models of the catalogue."""
-    return order([catalog.load(name) for name in catalog.names()])
+    return order(catalog.entries())
 
 
 def order(entries: Sequence[Entry]) -> Order:
@@ -147,6 +147,7 @@ def order(entries: Sequence[Entry]) -> Order:
     table = {key: row for key, row in table.items() if len(row) > 1}
     names = [entry.name for entry in entries if any(entry.name in row for row in table.values())]
     weights = {key: dict.fromkeys(row, 1.0) for key, row in table.items()}
+    before = dict.fromkeys(names, math.inf)
     for _ in range(_ROUNDS):
         matrix, right = _equations(table, weights, names)
         inverse = _inverse(matrix)
@@ -157,6 +158,9 @@ def order(entries: Sequence[Entry]) -> Order:
             key: {name: min(1.0, _HUBER * usual / max(abs(value), 1e-9)) for name, value in row.items()}
             for key, row in residuals.items()
         }
+        if all(abs(strengths[name] - before[name]) < _EXACT / 100 for name in names):
+            break
+        before = strengths
     free = sum(map(len, table.values())) - len(table) - len(names) + 1
     squares = sum(weights[key][name] * value**2 for key, row in residuals.items() for name, value in row.items())
     noise = squares / max(free, 1)
