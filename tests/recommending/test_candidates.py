@@ -105,6 +105,35 @@ def test_a_measured_recipe_that_is_not_the_targets_is_a_candidate(work: Path) ->
     ) == 1
 
 
+def test_a_measured_backend_that_is_not_the_targets_is_a_candidate_where_it_was_measured(work: Path) -> None:
+    pi = target.load("raspberry-pi-5-8gb")
+    alone = msgspec.structs.replace(pi, backends=("llamacpp",))
+    save(msgspec.structs.replace(demo_row(), model="qwen3-0.6b", target=pi.name))
+    found = [each for each in candidates.find(alone, 4096) if each.backend == "onnx"]
+    assert [(each.model, each.evidence) for each in found] == [("qwen3-0.6b", "measured")]
+
+
+def test_a_measured_row_of_a_real_model_moves_the_estimates_of_all_others(work: Path) -> None:
+    def speed() -> float:
+        found = candidates.find(JETSON, 4096, recipes=["w4g32-e8-rtn"], engines=["llamacpp"])
+        decode = next(each.decode_tokens_per_s for each in found if each.model == "qwen3-4b")
+        assert decode is not None
+        return decode.mid
+
+    row, before = demo_row(), speed()
+    slow = [
+        msgspec.structs.replace(one, tokens_per_s=msgspec.structs.replace(one.tokens_per_s, median=20.0))
+        for one in row.decode
+    ]
+    row = msgspec.structs.replace(
+        row, target=JETSON.name, backend="llamacpp", decode=tuple(slow), model="qwen2.5-0.5b-instruct"
+    )
+    save(row)
+    assert speed() == before, "a bundle of some megabytes says nothing about bandwidth"
+    save(msgspec.structs.replace(row, bundle=msgspec.structs.replace(row.bundle, bytes=400_000_000)))
+    assert speed() < 0.7 * before
+
+
 def test_what_must_not_be_used_is_not_used(work: Path) -> None:
     save(msgspec.structs.replace(demo_row(), model="qwen3-0.6b", target=JETSON.name, valid=False))
     assert candidates.measured_rows(JETSON) == {}

@@ -118,6 +118,22 @@ def test_a_long_context_leaves_the_models_that_can_read_it() -> None:
     assert found.excluded["context"] > 0
 
 
+def test_at_long_context_the_hybrid_overtakes() -> None:
+    found = recommend.recommend("jetson-agx-orin-32gb", context=32768)
+    rows = {
+        each.model: each
+        for each in found.candidates
+        if (each.recipe, each.backend) == ("w4g32-e8-rtn-kv16", "llamacpp")
+    }
+    hybrid, plain = rows["qwen3.5-4b"], rows["qwen3-4b"]
+    assert hybrid.decode_tokens_per_s is not None
+    assert plain.decode_tokens_per_s is not None
+    assert hybrid.decode_tokens_per_s.mid > plain.decode_tokens_per_s.mid
+    assert hybrid.memory_bytes is not None
+    assert plain.memory_bytes is not None
+    assert hybrid.memory_bytes < 0.6 * plain.memory_bytes
+
+
 def test_when_nothing_fits_the_constraint_that_excluded_most_and_the_closest_miss_are_named() -> None:
     found = recommend.recommend("jetson", wanted=Constraints(min_tps=5000))
     assert found.choice is None

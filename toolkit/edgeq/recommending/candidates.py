@@ -33,18 +33,20 @@ def find(target: Target, context: int, *, recipes: Iterable[str] = (), engines: 
     """
     rows = measured_rows(target)
     anchors = _anchors(rows.values())
+    own = [backends.canonical(name) for name in engines or target.backends]
+    seen = [] if engines else [row.backend for row in rows.values()]
     found = []
     for entry in ordering.of_catalogue().entries.values():
         model = entry.model
-        seen = () if recipes else (key[1] for key in rows if key[0] == entry.name)
-        wanted = [recipe.parse(name) for name in dict.fromkeys([*(recipes or target.recipes), *seen])]
+        measured = [] if recipes else [key[1] for key in rows if key[0] == entry.name]
+        wanted = [recipe.parse(name) for name in dict.fromkeys([*(recipes or target.recipes), *measured])]
         losses = {each: quantization.estimated(model, each) for each in {replace(each, kv_bits=32) for each in wanted}}
-        for backend in map(backends.canonical, engines or target.backends):
+        for backend in dict.fromkeys([*own, *seen]):
             for each in wanted:
                 loss = losses[replace(each, kv_bits=32)]
                 if row := rows.get((entry.name, str(each), backend)):
                     found.append(_measured(entry, model, each, row, target, context, loss))
-                elif _holds(model, each, backend):
+                elif backend in own and _holds(model, each, backend):
                     found.append(_estimated(entry, model, each, target, backend, context, anchors.get(backend), loss))
     found += [_unknown(row, context) for key, row in rows.items() if key[0] not in ordering.of_catalogue().entries]
     return found

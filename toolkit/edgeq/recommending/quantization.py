@@ -5,7 +5,8 @@ the power of the number of parameters by which losses grow as models shrink. Bet
 interpolated; below the last one it goes on to a published model of few bits, and past that with the same slope. A
 model's loss is the mean over its matrices by their weights, each by its own layout, so that a table in 8 bits counts.
 
-Methods better than plain rounding get no credit here: how much they save was not published for these models.
+Methods better than plain rounding get no credit here: how much they save was not published for these models. What an
+8-bit cache costs is not counted.
 """
 
 from __future__ import annotations
