@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 import edgeq
-from edgeq import target
+from edgeq import target, units
 from edgeq.errors import NothingFits
 from edgeq.recommending import recommend
 from edgeq.recommending.document import Constraints, Recommendation
@@ -144,9 +144,39 @@ def test_when_nothing_fits_the_constraint_that_excluded_most_and_the_closest_mis
     assert "min-tps excluded most" in str(caught.value)
     assert found.closest.title in str(caught.value)
     assert caught.value.exit_code == 3
+    assert caught.value.run.startswith("edgeq recommend ... --min-tps ")
+    nearer = recommend.recommend("jetson", wanted=Constraints(min_tps=float(caught.value.run.split()[-1])))
+    assert nearer.choice is not None
     quickest = max(each.decode_tokens_per_s.low for each in found.candidates if each.decode_tokens_per_s)
     assert found.closest.decode_tokens_per_s is not None
     assert found.closest.decode_tokens_per_s.low == quickest
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Constraints(max_memory_bytes=500_000_000),
+        Constraints(max_ttft_s=0.01),
+        Constraints(max_loss=0.0001, min_tps=90),
+        Constraints(license="open", min_tps=1000),
+    ],
+)
+def test_the_remedy_is_met(wanted: Constraints) -> None:
+    with pytest.raises(NothingFits) as caught:
+        recommend.require(recommend.recommend("jetson", wanted=wanted))
+    words = caught.value.run.split()[3:]
+    given = dict(zip(words[::2], words[1::2], strict=True))
+    relaxed = msgspec.structs.replace(
+        wanted,
+        min_tps=float(given["--min-tps"]) if "--min-tps" in given else wanted.min_tps,
+        max_ttft_s=float(given["--max-ttft"]) if "--max-ttft" in given else wanted.max_ttft_s,
+        max_loss=float(given["--max-loss"]) if "--max-loss" in given else wanted.max_loss,
+        max_memory_bytes=units.parse_bytes(given["--max-memory"])
+        if "--max-memory" in given
+        else wanted.max_memory_bytes,
+    )
+    assert relaxed != wanted
+    assert recommend.recommend("jetson", wanted=relaxed).choice is not None
 
 
 def test_only_measured_rows_where_these_are_asked_for() -> None:

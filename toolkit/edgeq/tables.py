@@ -283,7 +283,7 @@ def recommendation(document: Recommendation) -> Group:
         "why not",
         *(f"  {line}" for line in others),
         *([f"  {rest} other recipes and backends of these models: --json has each with its reason"] if rest else []),
-        f"chosen is {document.rule}",
+        *([f"chosen is {document.rule}"] if choice else []),
     )
 
 

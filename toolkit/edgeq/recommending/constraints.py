@@ -16,7 +16,7 @@ LICENSES = ("open", "any")
 CAPABILITIES = ("vision", "video", "thinking")
 EVIDENCE = ("measured", "estimated", "any")
 NEVER = math.inf
-_MEMORY_ERROR = 1.05
+MEMORY_ERROR = 1.05
 """Estimates of memory against real files are within 3 %; of what engines take besides, less is known."""
 
 
@@ -88,7 +88,7 @@ def _memory(candidate: Candidate, wanted: Constraints, usable: int | None) -> It
         if needs is None:
             yield Miss(name, 1.0, "the memory that it needs was not measured")
             continue
-        most = needs if candidate.evidence == "measured" else needs * _MEMORY_ERROR
+        most = needs if candidate.evidence == "measured" else needs * MEMORY_ERROR
         if most > room:
             word, whose = "" if needs > room else "marginal: ", "usable" if name == "memory" else "allowed"
             size = f"{_about(candidate)}{show_bytes(needs)}"

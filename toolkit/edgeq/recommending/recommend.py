@@ -10,7 +10,7 @@ import msgspec
 from edgeq import detect, recipe
 from edgeq.errors import MissingTool, NothingFits
 from edgeq.estimating.memory import usable_bytes
-from edgeq.recommending import candidates, constraints, front
+from edgeq.recommending import candidates, constraints, front, ordering
 from edgeq.recommending.constraints import Miss
 from edgeq.recommending.document import Candidate, Constraints, Recommendation
 from edgeq.target import Target
@@ -105,23 +105,34 @@ def require(found: Recommendation) -> Candidate:
     raise NothingFits(
         f"none of {total} candidates for {found.target} meets all constraints: {name} excluded most, {count}",
         why=f"The closest miss is {found.closest.title}: {'; '.join(found.closest.reasons)}." if found.closest else "",
-        run=_remedy(found, name),
+        run=_remedy(found),
     )
 
 
-def _remedy(found: Recommendation, constraint: str) -> str:
-    """A command that something meets."""
-    closest, command = found.closest, f"edgeq recommend --target {found.target}"
-    if closest is None:
-        return command
-    if "memory" in closest.excluded_by and found.constraints.max_memory_bytes is None and closest.memory_bytes:
-        known = closest.memory_bytes > 0 and "unknown" not in closest.reasons[0]
-        return f"{command} --context {max(found.context // 4, 512)}" if known else f"{command} --max-memory 8GB"
-    if constraint == "min-tps" and closest.decode_tokens_per_s:
-        return f"{command} --min-tps {closest.decode_tokens_per_s.low:.1f}"
-    if constraint == "max-memory" and closest.memory_bytes:
-        return f"{command} --max-memory {closest.memory_bytes / 1e9 + 0.05:.1f}GB"
-    return f"{command} with a wider --{constraint}" if constraint.startswith("m") else command
+def _remedy(found: Recommendation) -> str:
+    """The command whose constraints the closest miss meets."""
+    closest = found.closest
+    words = [_relaxed(name, closest, found.context) for name in closest.excluded_by] if closest else []
+    return " ".join(["edgeq recommend ...", *words])
+
+
+def _relaxed(constraint: str, closest: Candidate, context: int) -> str:
+    """The option that a candidate meets in place of the one that it misses."""
+    speed, wait, memory = closest.decode_tokens_per_s, closest.first_token_s, closest.memory_bytes or 0
+    if constraint == "min-tps" and speed:
+        return f"--min-tps {speed.low - 0.05:.1f}"
+    if constraint == "max-ttft" and wait:
+        return f"--max-ttft {wait.high + 0.05:.1f}"
+    if constraint == "max-loss":
+        return f"--max-loss {closest.loss.high + 0.0005:.3f}"
+    if constraint == "max-memory":
+        return f"--max-memory {memory * constraints.MEMORY_ERROR / 1e9 + 0.05:.1f}GB"
+    if constraint == "memory":
+        unknown = any("unknown" in reason for reason in closest.reasons)
+        return "--max-memory 8GB" if unknown else f"--context {max(context // 4, 512)}"
+    if constraint == "context":
+        return f"--context {ordering.of_catalogue().entries[closest.model].context}"
+    return f"without --{constraint}"
 
 
 def _judged(each: Candidate, choice: Candidate, eligible: list[Candidate]) -> Candidate:
