@@ -8,7 +8,9 @@ from pathlib import Path
 AVX2 = "fpu sse4_2 avx f16c fma avx2 lm"
 AVX512_VNNI = f"{AVX2} avx512f avx512dq avx512bw avx512vl avx512_vnni avx512_bf16"
 ARMV8_2 = "fp asimd evtstrm aes crc32 atomics fphp asimdhp cpuid asimdrdm asimddp"
-A55, A76, A78AE, V3AE = "0xd05", "0xd0b", "0xd42", "0xd83"
+ARMV8_0 = "fp asimd evtstrm crc32 cpuid"
+ARMV8_6 = f"{ARMV8_2} i8mm bf16"
+A55, A57, A72, A76, A78AE, V1, V2, V3AE = "0xd05", "0xd07", "0xd08", "0xd0b", "0xd42", "0xd40", "0xd4f", "0xd83"
 
 
 def write(root: Path, files: Mapping[str, str]) -> Path:
@@ -47,10 +49,10 @@ def x86(model: str, flags: str, count: int) -> dict[str, str]:
     return {"proc/cpuinfo": "\n".join(block.format(cpu, model, flags) for cpu in range(count))}
 
 
-def arm(parts: Sequence[str], features: str = ARMV8_2) -> dict[str, str]:
+def arm(parts: Sequence[str], features: str = ARMV8_2, implementer: str = "0x41") -> dict[str, str]:
     """/proc/cpuinfo of an Arm processor, one part number per CPU."""
-    block = "processor\t: {}\nBogoMIPS\t: 48.00\nFeatures\t: {}\nCPU implementer\t: 0x41\nCPU part\t: {}\n"
-    return {"proc/cpuinfo": "\n".join(block.format(cpu, features, part) for cpu, part in enumerate(parts))}
+    block = "processor\t: {}\nBogoMIPS\t: 48.00\nFeatures\t: {}\nCPU implementer\t: {}\nCPU part\t: {}\n"
+    return {"proc/cpuinfo": "\n".join(block.format(cpu, features, implementer, part) for cpu, part in enumerate(parts))}
 
 
 def system(name: str, kernel: str) -> dict[str, str]:
@@ -58,9 +60,25 @@ def system(name: str, kernel: str) -> dict[str, str]:
     return {"etc/os-release": f'NAME="{name}"\nPRETTY_NAME="{name}"\n', "proc/sys/kernel/osrelease": f"{kernel}\n"}
 
 
-def board(model: str) -> dict[str, str]:
-    """Device tree's name of the board, with the NUL that the kernel appends."""
-    return {"proc/device-tree/model": f"{model}\0"}
+def board(model: str, *compatible: str) -> dict[str, str]:
+    """Device tree's names of the board and of its chip, with the NUL that the kernel appends to each."""
+    names = {"proc/device-tree/compatible": "".join(f"{name}\0" for name in compatible)} if compatible else {}
+    return {"proc/device-tree/model": f"{model}\0"} | names
+
+
+def computer(
+    root: Path,
+    processor: Mapping[str, str],
+    cores: int,
+    ram_kb: int,
+    *names: Mapping[str, str],
+    os: str = "Ubuntu 24.04",
+) -> Path:
+    """A machine of one kind of core without hardware threads, by its processor's file and what else it says."""
+    files = {**processor, **cpus(tuple(map(str, range(cores)))), **memory(ram_kb), **process(f"0-{cores - 1}")}
+    for each in names:
+        files |= each
+    return write(root, files | system(os, "6.8.0"))
 
 
 def cloud_vm(root: Path) -> Path:
@@ -169,3 +187,66 @@ def rk3588(root: Path) -> Path:
         | board("Radxa ROCK 5B")
         | system("Armbian 25.5", "6.1.115-vendor-rk35xx"),
     )
+
+
+def raspberry_pi_4(root: Path) -> Path:
+    """Raspberry Pi 4, the 8 GB board."""
+    return computer(root, arm((A72,) * 4, ARMV8_0), 4, 8007000, board("Raspberry Pi 4 Model B Rev 1.5"))
+
+
+def raspberry_pi_500_plus(root: Path) -> Path:
+    """Raspberry Pi 500+, with 16 GB."""
+    return computer(root, arm((A76,) * 4), 4, 16608000, board("Raspberry Pi 500 Plus Rev 1.0"))
+
+
+def orange_pi_5(root: Path) -> Path:
+    """Orange Pi 5 with 8 GB, as a mainline kernel names it."""
+    name = board("Xunlong Orange Pi 5", "xunlong,orangepi-5", "rockchip,rk3588s")
+    return computer(root, arm((A55,) * 4 + (A76,) * 4), 8, 8131000, name)
+
+
+def jetson(root: Path, model: str, cores: int, ram_kb: int) -> Path:
+    """A Jetson of the Orin family by its device tree's model."""
+    return computer(root, arm((A78AE,) * cores), cores, ram_kb, board(f"NVIDIA Jetson {model}"))
+
+
+def jetson_nano(root: Path) -> Path:
+    """Jetson Nano of 2019, 4 GB."""
+    return computer(root, arm((A57,) * 4, ARMV8_0), 4, 4059712, board("NVIDIA Jetson Nano Developer Kit"))
+
+
+def jetson_xavier_nx(root: Path) -> Path:
+    """Jetson Xavier NX, 8 GB."""
+    features = ARMV8_2.replace(" asimddp", "")
+    return computer(
+        root, arm(("0x004",) * 6, features, "0x4e"), 6, 7766000, board("NVIDIA Jetson Xavier NX Developer Kit")
+    )
+
+
+def snapdragon_x_laptop(root: Path) -> Path:
+    """ThinkPad T14s with a Snapdragon X Elite, running Linux."""
+    name = board("Lenovo ThinkPad T14s Gen 6", "lenovo,thinkpad-t14s", "qcom,x1e78100", "qcom,x1e80100")
+    return computer(root, arm(("0x001",) * 12, ARMV8_6, "0x51"), 12, 32400000, name)
+
+
+def snapdragon_phone(root: Path, gpu: str = "Adreno750v2") -> Path:
+    """Phone with a Snapdragon 8 Gen 3 as an app sees it: no device tree, but the GPU's name."""
+    parts = ("0xd80",) * 2 + ("0xd81",) * 5 + ("0xd82",)
+    return computer(root, arm(parts, ARMV8_6), 8, 11500000, {"sys/class/kgsl/kgsl-3d0/gpu_model": f"{gpu}\n"})
+
+
+def graviton(root: Path, part: str, cores: int) -> Path:
+    """Instance of AWS with Arm's Neoverse cores; V2 has SVE2."""
+    features = f"{ARMV8_6} sve" + (" sve2" if part == V2 else "")
+    return computer(root, arm((part,) * cores, features), cores, cores * 2000000, os="Amazon Linux 2023")
+
+
+def x86_laptop(root: Path, model: str, flags: str, cores: int = 8, ram_kb: int = 31900000) -> Path:
+    """Laptop with an x86-64 processor, known by its name."""
+    return computer(root, x86(model, flags, cores), cores, ram_kb)
+
+
+def sapphire_rapids(root: Path) -> Path:
+    """Virtual machine on a Xeon with AMX."""
+    flags = f"{AVX512_VNNI} avx_vnni amx_bf16 amx_tile amx_int8"
+    return computer(root, x86("Intel(R) Xeon(R) Platinum 8481C", flags, 4), 4, 16000000)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,8 +10,9 @@ import pytest
 
 import machines
 from edgeq import backends, detect, target
+from edgeq.accelerators import Accelerator
 from edgeq.errors import MissingTool, UsageFault
-from edgeq.machine import Accelerator, Machine, this_machine
+from edgeq.machine import Machine, this_machine
 from edgeq.target import Figure
 
 MACHINES = [
@@ -21,6 +23,31 @@ MACHINES = [
     (machines.jetson_orin_nano_super, "jetson-orin-nano-super-8gb"),
     (machines.jetson_agx_thor, "jetson-agx-thor"),
     (machines.rk3588, None),
+    (machines.raspberry_pi_4, "raspberry-pi-4-8gb"),
+    (machines.raspberry_pi_500_plus, "raspberry-pi-5-16gb"),
+    (machines.orange_pi_5, "orange-pi-5"),
+    (machines.jetson_nano, "jetson-nano-4gb"),
+    (machines.jetson_xavier_nx, "jetson-xavier-nx-8gb"),
+    (partial(machines.jetson, model="Orin Nano Developer Kit", cores=6, ram_kb=7802752), "jetson-orin-nano-8gb"),
+    (partial(machines.jetson, model="Orin NX Developer Kit", cores=6, ram_kb=7802752), "jetson-orin-nx-8gb"),
+    (partial(machines.jetson, model="Orin NX Developer Kit Super", cores=8, ram_kb=16000000), "jetson-orin-nx-16gb"),
+    (partial(machines.jetson, model="AGX Orin Developer Kit", cores=8, ram_kb=31400000), "jetson-agx-orin-32gb"),
+    (partial(machines.jetson, model="AGX Orin Developer Kit", cores=12, ram_kb=64334848), "jetson-agx-orin-64gb"),
+    (machines.snapdragon_x_laptop, "snapdragon-x-elite-laptop"),
+    (machines.snapdragon_phone, "snapdragon-8-gen-3-phone"),
+    (partial(machines.snapdragon_phone, gpu="Adreno830v2"), "snapdragon-8-elite-phone"),
+    (partial(machines.graviton, part=machines.V1, cores=64), "aws-graviton3"),
+    (partial(machines.graviton, part=machines.V2, cores=96), "aws-graviton4"),
+    (partial(machines.graviton, part=machines.V1, cores=4), None),
+    (machines.sapphire_rapids, "x86-amx"),
+]
+LAPTOPS = [
+    ("AMD Ryzen 7 7840U w/ Radeon 780M Graphics", machines.AVX512_VNNI, "amd-780m-laptop"),
+    ("AMD Ryzen AI 9 HX 370 w/ Radeon 890M", f"{machines.AVX512_VNNI} avx_vnni", "amd-strix-point-890m"),
+    ("Intel(R) Core(TM) Ultra 7 155H", f"{machines.AVX2} avx_vnni", "intel-meteor-lake-arc"),
+    ("Intel(R) Core(TM) Ultra 7 258V", f"{machines.AVX2} avx_vnni avx_vnni_int8", "intel-lunar-lake-140v"),
+    ("Intel(R) N150", f"{machines.AVX2} avx_vnni", "intel-n150-minipc"),
+    ("12th Gen Intel(R) Core(TM) i7-1260P", f"{machines.AVX2} avx_vnni", None),
 ]
 
 
@@ -41,6 +68,38 @@ def test_each_machine_is_its_target_and_no_other(
     )
 
 
+@pytest.mark.parametrize(("model", "flags", "name"), LAPTOPS)
+def test_a_laptop_is_known_by_its_processors_name(tmp_path: Path, model: str, flags: str, name: str | None) -> None:
+    found = detect.closest(this_machine(machines.x86_laptop(tmp_path, model, flags)))
+    assert (found and found.name) == name
+
+
+def test_the_size_that_varies_is_the_machines_own(tmp_path: Path) -> None:
+    machine = this_machine(machines.orange_pi_5(tmp_path))
+    found = detect.resolve("host", machine)
+    assert found.memory.total_bytes == Figure(8131000 * 1024, detect.READ_HERE)
+    assert not found.memory.varies
+    assert detect.mismatch(target.load("orange-pi-5"), machine) is None
+
+
+def test_a_laptop_with_two_gpus_is_the_one_with_cuda(tmp_path: Path) -> None:
+    machine = this_machine(machines.x86_laptop(tmp_path, LAPTOPS[0][0], LAPTOPS[0][1]))
+    both = msgspec.structs.replace(machine, accelerators=(LAPTOP_GPU, *machine.accelerators))
+    found = detect.closest(both)
+    assert found is not None
+    assert found.name == "geforce-rtx-4060-laptop-8gb"
+
+
+def test_a_board_of_the_same_chip_with_other_memory_is_another(tmp_path: Path) -> None:
+    machine = msgspec.structs.replace(this_machine(machines.orange_pi_5(tmp_path)), device_tree="Orange Pi 5 Max")
+    assert "without 'Max'" in (detect.mismatch(target.load("orange-pi-5"), machine) or "")
+
+
+def test_what_is_only_asked_for_by_name_is_never_found(tmp_path: Path) -> None:
+    machine = this_machine(machines.desktop(tmp_path))
+    assert "by name" in (detect.mismatch(target.load("x86-laptop-ddr5"), machine) or "")
+
+
 def test_a_steam_deck_is_itself_before_it_is_a_computer_with_avx2(tmp_path: Path) -> None:
     machine = this_machine(machines.steam_deck(tmp_path))
     assert [(gpu.api, gpu.arch) for gpu in machine.accelerators] == [("vulkan", "gfx1033")]
@@ -52,6 +111,9 @@ def test_a_steam_deck_is_itself_before_it_is_a_computer_with_avx2(tmp_path: Path
 
 def test_the_steam_deck_with_the_other_screen_is_another_device(tmp_path: Path) -> None:
     machine = this_machine(machines.steam_deck(tmp_path, product="Jupiter"))
+    found = detect.closest(machine)
+    assert found is not None
+    assert found.name == "steam-deck-lcd"
     assert "'Jupiter'" in (detect.mismatch(target.load("steam-deck-oled"), machine) or "")
     assert "'nothing'" in (
         detect.mismatch(target.load("steam-deck-oled"), msgspec.structs.replace(machine, product=None)) or ""
@@ -90,18 +152,20 @@ def test_memory_of_an_unknown_machine_is_its_gpus_own(tmp_path: Path) -> None:
     assert detect.resolve("host", machine).memory.total_bytes == Figure(6 << 30, detect.READ_HERE)
 
 
-@pytest.mark.parametrize(("name", "same"), [("Apple M4", True), ("Apple M4 Pro", False)])
-def test_a_mac_is_known_by_its_chip(vm: Machine, name: str, same: bool) -> None:
+@pytest.mark.parametrize(
+    ("chip", "name"), [("Apple M4", "apple-m4"), ("Apple M4 Pro", "apple-m4-pro"), ("Apple M9", "host")]
+)
+def test_a_mac_is_known_by_its_chip(vm: Machine, chip: str, name: str) -> None:
     mac = msgspec.structs.replace(
         vm,
         arch="aarch64",
         isa=("neon", "dotprod", "fp16", "i8mm", "bf16"),
         os="macOS 15.5",
         ram_bytes=24 << 30,
-        accelerators=(Accelerator(name=name, api="metal"),),
+        accelerators=(Accelerator(name=chip, api="metal"),),
     )
-    assert (detect.mismatch(target.load("apple-m4"), mac) is None) == same
-    assert detect.resolve("host", mac).name == ("apple-m4" if same else "host")
+    assert (detect.mismatch(target.load("apple-m4"), mac) is None) == (name == "apple-m4")
+    assert detect.resolve("host", mac).name == name
 
 
 def test_host_is_the_shipped_target_with_its_gaps_filled_from_the_machine(vm: Machine) -> None:
@@ -130,6 +194,18 @@ def test_an_unknown_machine_with_a_gpu_is_a_cuda_target(vm: Machine) -> None:
     assert found.gpu is not None
     assert found.gpu.arch == "sm_89"
     assert found.mlc.limits() == target.load("rtx-4060-laptop").mlc.limits()
+
+
+@pytest.mark.parametrize(("memory_bytes", "api"), [(16 << 30, "vulkan"), (None, "cpu")])
+def test_an_unknown_machine_uses_vulkan_where_the_gpu_has_memory_of_its_own(
+    tmp_path: Path, memory_bytes: int | None, api: str
+) -> None:
+    gpu = Accelerator(name="AMD Radeon RX 7800 XT (RADV NAVI32)", api="vulkan", memory_bytes=memory_bytes)
+    machine = this_machine(machines.x86_laptop(tmp_path, "AMD Ryzen 5 9600X", machines.AVX2 + " avx_vnni"))
+    found = detect.resolve("host", msgspec.structs.replace(machine, accelerators=(gpu,)))
+    assert (found.name, found.api) == ("host", api)
+    assert found.onnx.provider == ("webgpu" if api == "vulkan" else "cpu")
+    assert found.memory.total_bytes == Figure(memory_bytes or 31900000 * 1024, detect.READ_HERE)
 
 
 def test_another_architecture_is_refused(vm: Machine) -> None:

@@ -48,6 +48,16 @@ def test_a_sound_machine_fails_nothing(tmp_path: Path) -> None:
     assert {"python", "base packages", "build packages", "torch", "machine", "backend", "memory", "cores"} <= set(found)
 
 
+def test_the_report_says_what_the_machine_is(tmp_path: Path) -> None:
+    found = ask(machines.jetson_orin_nano_super(tmp_path / "board"), "jetson")
+    assert found["closest target"].observed.startswith("jetson-orin-nano-super-8gb: ")
+    assert "(cuda, sm_87)" in found["accelerators"].observed
+    assert {found[name].status for name in ("closest target", "accelerators")} == {"PASSED"}
+    other = ask(machines.rk3588(tmp_path / "other"), "steamdeck")
+    assert other["closest target"].observed.startswith("none: ")
+    assert {other[name].status for name in ("closest target", "accelerators")} == {"UNKNOWN"}
+
+
 def test_a_remedy_is_given_exactly_where_a_check_did_not_pass(tmp_path: Path) -> None:
     for name in ("x86-avx512-vnni", "jetson"):
         for check in ask(machines.cloud_vm(tmp_path), name).values():

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 import machines
-from edgeq import nvml
-from edgeq.machine import Accelerator, Machine, physical_cores, this_machine
+from edgeq import detect, machine, nvml, vulkan
+from edgeq.accelerators import Accelerator
+from edgeq.machine import Machine, physical_cores, this_machine
 
 GIB = 1 << 30
 
@@ -48,6 +49,8 @@ def test_a_jetson_has_a_gpu_that_shares_its_memory(tmp_path: Path) -> None:
 
 def test_clusters_are_named_big_ones_first(tmp_path: Path) -> None:
     assert this_machine(machines.rk3588(tmp_path)).cpu_model == "4x Cortex-A76 + 4x Cortex-A55"
+    assert this_machine(machines.snapdragon_x_laptop(tmp_path / "laptop")).cpu_model == "Oryon"
+    assert this_machine(machines.jetson_xavier_nx(tmp_path / "board")).cpu_model == "Carmel"
 
 
 def test_the_tightest_limit_of_nested_groups_counts(tmp_path: Path) -> None:
@@ -183,6 +186,34 @@ def test_nvidia_gpus_are_described_by_the_driver() -> None:
     (gpu,) = nvml.gpus(FakeNvml(starts=True))
     assert tuple(gpu) == ("NVIDIA H100", "sm_90", 80 * GIB, "580.178")
     assert Accelerator(api="cuda", **gpu._asdict()).arch == "sm_90"
+
+
+MACS = [("Apple M4", 10, 16, "apple-m4"), ("Apple M3 Max", 16, 64, "apple-m3-max"), ("Apple M3 Max", 14, 36, "host")]
+
+
+@pytest.mark.parametrize(("chip", "cores", "gib", "name"), MACS)
+def test_a_mac_is_read_from_sysctl(monkeypatch: pytest.MonkeyPatch, chip: str, cores: int, gib: int, name: str) -> None:
+    said = {"machdep.cpu.brand_string": chip, "hw.memsize": f"{gib * GIB}", "hw.physicalcpu": f"{cores}"}
+    said |= {f"hw.optional.arm.{flag}": "1" for flag in ("AdvSIMD", "FEAT_DotProd", "FEAT_FP16")}
+    said |= {f"hw.optional.arm.{flag}": "1" for flag in ("FEAT_I8MM", "FEAT_BF16")}
+    monkeypatch.setattr("sys.platform", "darwin")
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    monkeypatch.setattr("platform.mac_ver", lambda: ("15.5", ("", "", ""), "arm64"))
+    monkeypatch.setattr(machine, "_sysctl", said.get)
+    found = this_machine()
+    assert (found.cpu_model, found.cores, found.ram_bytes) == (chip, cores, gib * GIB)
+    assert detect.resolve("host", found).name == name
+
+
+def test_a_laptop_is_known_by_nvml(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu = nvml.Gpu("NVIDIA GeForce RTX 4060 Laptop GPU", "sm_89", 8188 << 20, "580.65")
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    monkeypatch.setattr(nvml, "library", object)
+    monkeypatch.setattr(nvml, "gpus", lambda _: (gpu,))
+    monkeypatch.setattr(vulkan, "devices", tuple)
+    found = detect.closest(this_machine(machines.desktop(tmp_path)))
+    assert found is not None
+    assert found.name == "geforce-rtx-4060-laptop-8gb"
 
 
 def test_a_driver_that_does_not_start_has_no_gpus() -> None:

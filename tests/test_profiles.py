@@ -40,6 +40,7 @@ _DOCUMENT: dict[str, Any] = {
         "accelerators": [],
         "python": "3.11",
         "product": None,
+        "compatible": [],
     },
     "load": {
         "warm_s": 0.5,

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from edgeq import data, recipe, target
+from edgeq.backends.llamacpp import install
 from edgeq.errors import CorruptInput, UsageFault
 from edgeq.target import Figure, Target
 
@@ -22,6 +23,9 @@ LLVM = {
 def figures(value: object) -> Iterator[Figure]:
     if isinstance(value, Figure):
         yield value
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from figures(each)
     elif isinstance(value, msgspec.Struct):
         for name in value.__struct_fields__:
             yield from figures(getattr(value, name))
@@ -84,6 +88,16 @@ def test_jetson_is_the_orin_nano_super_in_any_case() -> None:
         ("x-elite", "snapdragon-x-elite-laptop", "vulkan"),
         ("browser", "web-browser", "webgpu"),
         ("pi5", "raspberry-pi-5-8gb", "cpu"),
+        ("pi4", "raspberry-pi-4-8gb", "cpu"),
+        ("rk3588", "orange-pi-5", "vulkan"),
+        ("m4", "apple-m4", "metal"),
+        ("m4-max", "apple-m4-max", "metal"),
+        ("orin-nano", "jetson-orin-nano-8gb", "cuda"),
+        ("agx-orin", "jetson-agx-orin-64gb", "cuda"),
+        ("jetson-nano", "jetson-nano-4gb", "cuda"),
+        ("strix-halo", "amd-strix-halo-128gb", "vulkan"),
+        ("graviton4", "aws-graviton4", "cpu"),
+        ("n100", "intel-n150-minipc", "cpu"),
     ],
 )
 def test_devices_by_their_short_names(alias: str, name: str, api: str) -> None:
@@ -100,9 +114,26 @@ def test_a_gpu_is_used_by_the_backend_that_can(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHIPPED)
+def test_every_device_says_what_estimates_need(name: str) -> None:
+    found = target.load(name)
+    assert found.device_class
+    if name.startswith(("x86-av", "x86-amx", "web-")):
+        return
+    memory = found.memory
+    assert memory.total_bytes
+    assert memory.usable_share
+    assert memory.bandwidth_bytes_per_s
+    for key, rate in memory.measured.items():
+        assert rate.value <= 1.2 * memory.bandwidth_bytes_per_s.value, key
+
+
+TOO_OLD_FOR_CUDA_13 = ("sm_53", "sm_72")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_mlc_knows_the_limits_of_a_gpu_and_the_processor(name: str) -> None:
     found = target.load(name)
-    assert "mlc" in found.backends
+    assert ("mlc" in found.backends) == (found.gpu is None or found.gpu.arch not in TOO_OLD_FOR_CUDA_13)
     assert found.code_generator == found.mlc.kind
     assert all(found.mlc.limits().values()) == (found.mlc.kind != "llvm")
     assert bool(found.mlc.mcpu) == (found.cpu.arch != "wasm32")
@@ -120,7 +151,7 @@ def test_code_for_the_processor_runs_on_every_such_device(name: str) -> None:
 
 def test_every_generator_of_the_index_has_a_target() -> None:
     cuda = {found.gpu.arch for found in map(target.load, SHIPPED) if found.gpu and found.api == "cuda"}
-    assert cuda == {"sm_87", "sm_89", "sm_110"}
+    assert cuda == {"sm_53", "sm_72", "sm_86", "sm_87", "sm_89", "sm_110"}
     assert {target.load(name).code_generator for name in SHIPPED} == {"llvm", "cuda", "metal", "opencl", "webgpu"}
 
 
@@ -165,8 +196,15 @@ def test_a_missing_file_is_the_users_fault() -> None:
         ('"llamacpp", "mlc"]', '"tensorrt"]', "tensorrt"),
         ("value = 4,", "value = -4,", "not positive"),
         ("value = 4,", "", "value"),
-        ("[memory]", '[memory]\nusable_share = { value = 1.5, source = "hope" }', "usable_share"),
-        ("[memory]", '[memory]\nusable_share = { value = 0.5, source = "" }', "source is empty"),
+        ("usable_share = { value = 0.8", "usable_share = { value = 1.5", "usable_share"),
+        ("[memory.measured]", '[memory.measured]\nfast = { value = 1, source = "hope" }', "cpu_copy_bytes_per_s"),
+        (
+            "[memory.measured]",
+            '[memory.measured]\ncpu_read_bytes_per_s = { value = 1, source = "" }',
+            "source is empty",
+        ),
+        ("[match]", '[match]\nby_name_only = "yes"', "bool"),
+        ('device_class = "sbc"', 'device_class = "toaster"', "toaster"),
         ("[memory]", '[onnx]\nprovider = "rocm"\n[memory]', "rocm"),
         ("[memory]", "[onnx]\nthreads = 4\n[memory]", "unknown field"),
         ("[memory]", '[gpu]\nmodel = "a GPU"\narch = "sm_87\'; reboot"\n[memory]', "not a name such as sm_87"),
@@ -195,6 +233,29 @@ def test_mlc_needs_every_limit_of_a_gpu(tmp_path: Path) -> None:
         target.load(str(path))
     path.write_text(path.read_text().replace(', "mlc"]', "]"))
     assert target.load(str(path)).mlc.thread_warp_size is None
+
+
+def test_memory_that_varies_needs_one_of_its_sizes(tmp_path: Path) -> None:
+    text = (data.folder("targets") / "x86-avx2.toml").read_text()
+    path = tmp_path / "computer.toml"
+    path.write_text(text.replace("[memory]\n", "[memory]\nvaries = true\n"))
+    with pytest.raises(CorruptInput, match="varies needs total_bytes"):
+        target.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("jetson-nano", "-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=53"),
+        ("agx-orin", "-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=87"),
+        ("thor", "-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=110"),
+        ("rtx-3050-laptop", "-DGGML_CUDA=on -DCMAKE_CUDA_ARCHITECTURES=86"),
+        ("strix-halo", "-DGGML_VULKAN=on"),
+        ("m4-max", "-DGGML_METAL=on"),
+    ],
+)
+def test_names_determine_the_compile_options(name: str, words: str) -> None:
+    assert words in install.line(target.load(name))
 
 
 def test_a_target_survives_the_way_through_json() -> None:

@@ -8,9 +8,10 @@ from typing import Literal, cast
 import msgspec
 
 from edgeq import target as targets
+from edgeq.accelerators import Accelerator
 from edgeq.errors import MissingTool, UsageFault
-from edgeq.machine import Accelerator, Machine, this_machine
-from edgeq.target import HOST, BackendName, Cpu, Figure, Gpu, Match, Memory, Mlc, Target
+from edgeq.machine import Machine, this_machine
+from edgeq.target import HOST, BackendName, Cpu, Figure, Gpu, Match, Memory, Mlc, Onnx, Target
 
 READ_HERE = "read from the machine itself"
 _SMALLEST_RAM_SHARE = 0.8  # firmware and graphics take the rest before the system counts it
@@ -19,12 +20,15 @@ _BACKENDS: dict[str, tuple[BackendName, ...]] = {
     "cpu": ("onnx", "llamacpp", "mlc"),
     "cuda": ("llamacpp", "mlc", "onnx"),
     "metal": ("llamacpp", "mlc", "onnx"),
+    "vulkan": ("llamacpp", "onnx", "mlc"),
 }
 _MLC = {
     "cuda": Mlc(max_threads_per_block=1024, max_shared_memory_per_block=49152, thread_warp_size=32),
     "metal": Mlc(max_threads_per_block=1024, max_shared_memory_per_block=32768, thread_warp_size=32),
+    "vulkan": Mlc(kind="opencl", max_threads_per_block=256, max_shared_memory_per_block=32768, thread_warp_size=1),
 }
-"""What every GPU of an API has: CUDA C++ programming guide, compute capabilities; Metal feature set tables."""
+"""What every GPU of an API has: CUDA C++ programming guide, compute capabilities; Metal feature set tables; OpenCL 3.0
+specification, device queries of the full profile, and TVM 0.26's own assumption of 256 threads and no warps."""
 
 
 class BackendState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -46,7 +50,8 @@ def resolve(name: str, machine: Machine | None = None) -> Target:
     """Target by name, alias or file; `host` is what this machine is.
 
     Where a machine is no shipped target, `host` is a target of that name, made of what was read. Cores and memory that
-    a shipped target leaves open are filled in from the machine. Raises UsageFault when there is no such target.
+    a shipped target leaves open, or that vary, are filled in from the machine. Raises UsageFault when there is no such
+    target.
     """
     if name.lower() != HOST:
         return targets.load(name)
@@ -58,19 +63,18 @@ def mismatch(target: Target, machine: Machine) -> str | None:
     """Why the machine is not that target, as one sentence; None when it is."""
     if target.name == HOST:
         return None
+    if target.match.by_name_only:
+        return f"{target.name} is only asked for by name: no machine says of itself that it is one."
     if machine.arch != target.cpu.arch:
         return f"The processor is {machine.arch}, {target.name} is {target.cpu.arch}."
     if ("linux" in target.host) == machine.os.startswith("macOS"):
         return f"The system is {machine.os}, {target.name} runs {target.host}."
-    if lost := [part for part in target.match.device_tree if part not in (machine.device_tree or "")]:
-        seen = machine.device_tree or "no device tree (containers may hide it)"
-        return f"The machine says {seen!r}, {target.name} says {lost[0]!r}."
+    if reason := _other_names(target, machine):
+        return reason
     if lost := [name for name in target.match.isa if name not in machine.isa]:
         return f"The processor has no {', '.join(lost)}, which {target.name} has."
     if more := [name for name in target.match.without if name in machine.isa]:
         return f"The processor has {', '.join(more)}: it runs faster kernels than {target.name}."
-    if target.match.product not in (None, machine.product):
-        return f"The machine says {machine.product or 'nothing'!r}, {target.name} says {target.match.product!r}."
     return _other_gpu(target, machine) or _other_memory(target, machine)
 
 
@@ -98,8 +102,33 @@ def _installed(package: str) -> bool:
         return False
 
 
-def _asks_for(target: Target) -> tuple[int, bool, int]:
-    return len(target.match.device_tree) + bool(target.match.product), target.gpu is not None, len(target.match.isa)
+def _asks_for(target: Target) -> tuple[bool, int, bool, int]:
+    """A GPU with CUDA comes before the one that its laptop's processor has too."""
+    match = target.match
+    names = len(match.device_tree) + len(match.compatible) + bool(match.product) + bool(match.cpu) + bool(match.cores)
+    return target.api == "cuda", names, target.gpu is not None, len(match.isa)
+
+
+def _other_names(target: Target, machine: Machine) -> str | None:
+    """What the machine calls itself, its board, its chip or its processor, where the target asks for another name."""
+    match, tree = target.match, machine.device_tree or ""
+    if lost := [part for part in match.device_tree if part not in tree]:
+        return _says(target, tree or "no device tree (containers may hide it)", lost[0])
+    if more := [part for part in match.device_tree_without if part in tree]:
+        return f"The machine says {tree!r}, {target.name} is without {more[0]!r}."
+    if lost := [name for name in match.compatible if name not in machine.compatible]:
+        return _says(target, " ".join(machine.compatible) or "no device tree (containers may hide it)", lost[0])
+    if match.product not in (None, machine.product):
+        return _says(target, machine.product or "nothing", match.product)
+    if match.cpu and not any(part in machine.cpu_model for part in match.cpu):
+        return f"The processor is {machine.cpu_model}, {target.name} has {' or '.join(match.cpu)}."
+    if match.cores not in (None, machine.cores):
+        return f"The machine has {machine.cores or 'unknown'} cores, {target.name} has {match.cores}."
+    return None
+
+
+def _says(target: Target, seen: str, wanted: str | None) -> str:
+    return f"The machine says {seen!r}, {target.name} says {wanted!r}."
 
 
 def _gpus(target: Target, machine: Machine) -> list[Accelerator]:
@@ -115,7 +144,7 @@ def _own_memory(target: Target, machine: Machine) -> int | None:
 def _other_memory(target: Target, machine: Machine) -> str | None:
     total = target.memory.total_bytes
     size = _own_memory(target, machine) or machine.ram_bytes
-    if total is None or size is None:
+    if total is None or target.memory.varies or size is None:
         return None
     if _SMALLEST_RAM_SHARE * total.value <= size <= total.value:
         return None
@@ -136,13 +165,14 @@ def _gib(size: float) -> str:
 
 
 def _host(machine: Machine) -> Target:
+    """Target of an unknown machine: its GPU by CUDA or Metal, or by Vulkan where the GPU has memory of its own."""
     if machine.arch not in ("x86_64", "aarch64"):
         raise UsageFault(
             f"this machine's processor ({machine.arch}) is not supported",
             why="edgeq builds for x86_64 and aarch64.",
             run="edgeq targets list",
         )
-    gpu = next((gpu for gpu in machine.accelerators if gpu.api in _BACKENDS), None)
+    gpu = next((gpu for gpu in machine.accelerators if gpu.api != "vulkan" or gpu.memory_bytes), None)
     api = gpu.api if gpu else "cpu"
     return Target(
         name=HOST,
@@ -155,6 +185,7 @@ def _host(machine: Machine) -> Target:
         match=Match(isa=machine.isa),
         backends=_BACKENDS[api],
         recipes=_RECIPES,
+        onnx=Onnx(provider="webgpu" if api == "vulkan" else "cpu"),
         mlc=_MLC.get(api, Mlc()),
         sources=(READ_HERE,),
     )
@@ -163,8 +194,8 @@ def _host(machine: Machine) -> Target:
 def _completed(target: Target, machine: Machine) -> Target:
     memory, cpu = target.memory, target.cpu
     size = _own_memory(target, machine) or machine.memory_bytes
-    if memory.total_bytes is None and size:
-        memory = msgspec.structs.replace(memory, total_bytes=Figure(size, READ_HERE))
+    if size and (memory.total_bytes is None or memory.varies):
+        memory = msgspec.structs.replace(memory, total_bytes=Figure(size, READ_HERE), varies=False)
     if cpu.cores is None and machine.cores:
         cpu = msgspec.structs.replace(cpu, cores=Figure(machine.cores, READ_HERE))
     return msgspec.structs.replace(target, memory=memory, cpu=cpu)

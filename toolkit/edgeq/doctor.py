@@ -46,7 +46,9 @@ def checks(target: Target, root: Path = ROOT) -> list[Check]:
         _build_packages(),
         _torch(),
         _telemetry(),
+        _closest(machine),
         _machine(target, machine),
+        _accelerators(target, machine),
         _backends(target),
     ]
     if target.api == "cuda":
@@ -146,6 +148,20 @@ def _telemetry() -> Check:
     value = os.environ.get(variable)
     remedy = f"edgeq sets it for itself; for other programs: export {variable}=1"
     return _check("telemetry", True if value == "1" else None, f"{variable}=1", f"{variable}={value or ''}", remedy)
+
+
+def _closest(machine: Machine) -> Check:
+    found = detect.closest(machine)
+    observed = f"{found.name}: {found.title}" if found else f"none: {machine.cpu_model}, {machine.os}"
+    remedy = "describe it in a file of your own (edgeq targets validate), or use --target host"
+    return _check("closest target", True if found else None, "a device of the catalogue", observed, remedy)
+
+
+def _accelerators(target: Target, machine: Machine) -> Check:
+    observed = "; ".join(map(str, machine.accelerators)) or "none found"
+    passed = target.api == "cpu" or any(gpu.api == target.api for gpu in machine.accelerators)
+    expected = "none needed" if target.api == "cpu" else f"a {target.api} GPU"
+    return _check("accelerators", passed or None, expected, observed, "check again on the device itself")
 
 
 def _machine(target: Target, machine: Machine) -> Check:

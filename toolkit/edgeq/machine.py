@@ -10,7 +10,8 @@ from pathlib import Path
 
 import msgspec
 
-from edgeq import nvml
+from edgeq import accelerators
+from edgeq.accelerators import Accelerator
 
 ROOT = Path("/")
 SAME_CLUSTER = 0.9  # cores of one kind differ by a few per cent: favoured cores, binning
@@ -26,39 +27,36 @@ _ARM_ISA = {
     **{name: name for name in ("i8mm", "bf16", "sve", "sve2", "sme")},
 }
 _ISA = {name: name for name in _X86_ISA} | _ARM_ISA
-_ARM_PARTS = {
-    0xD03: "Cortex-A53",
-    0xD05: "Cortex-A55",
-    0xD07: "Cortex-A57",
-    0xD08: "Cortex-A72",
-    0xD0B: "Cortex-A76",
-    0xD0C: "Neoverse-N1",
-    0xD40: "Neoverse-V1",
-    0xD41: "Cortex-A78",
-    0xD42: "Cortex-A78AE",
-    0xD49: "Neoverse-N2",
-    0xD4F: "Neoverse-V2",
-    0xD83: "Neoverse-V3AE",
+_CORES = {
+    "0x41": {
+        0xD03: "Cortex-A53",
+        0xD05: "Cortex-A55",
+        0xD07: "Cortex-A57",
+        0xD08: "Cortex-A72",
+        0xD0B: "Cortex-A76",
+        0xD0C: "Neoverse-N1",
+        0xD40: "Neoverse-V1",
+        0xD41: "Cortex-A78",
+        0xD42: "Cortex-A78AE",
+        0xD49: "Neoverse-N2",
+        0xD4F: "Neoverse-V2",
+        0xD80: "Cortex-A520",
+        0xD81: "Cortex-A720",
+        0xD82: "Cortex-X4",
+        0xD83: "Neoverse-V3AE",
+    },
+    "0x4e": {0x004: "Carmel"},
+    "0x51": {0x001: "Oryon"},
 }
-_JETSON_ARCH = {"Thor": "sm_110", "Orin": "sm_87", "Xavier": "sm_72", "Nano": "sm_53"}
-_DECK_ARCH = {"Jupiter": "gfx1033", "Galileo": "gfx1033"}  # products of Valve: Steam Deck LCD and OLED
+"""Arm's, NVIDIA's and Qualcomm's cores by implementer and part number, as in the kernel's cputype.h."""
 _MAC_ISA = {"AdvSIMD": "neon", "FEAT_DotProd": "dotprod", "FEAT_FP16": "fp16", "FEAT_I8MM": "i8mm", "FEAT_BF16": "bf16"}
-
-
-class Accelerator(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A GPU: the interface it is programmed through, its architecture, and its own memory (None: it shares the RAM)."""
-
-    name: str
-    api: str
-    arch: str | None = None
-    memory_bytes: int | None = None
-    driver: str | None = None
 
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One machine: `cores` are physical, `memory_bytes` is the container's limit where that is below `ram_bytes`.
 
-    `product` is the name that the firmware gives the computer (DMI); boards have a `device_tree` model instead.
+    `product` is the name that the firmware gives the computer (DMI); boards have a `device_tree` model instead, and
+    `compatible` names of the board and of its chip.
     """
 
     cpu_model: str
@@ -76,6 +74,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     accelerators: tuple[Accelerator, ...]
     python: str
     product: str | None = None
+    compatible: tuple[str, ...] = ()
 
 
 def this_machine(root: Path = ROOT) -> Machine:
@@ -87,8 +86,12 @@ def this_machine(root: Path = ROOT) -> Machine:
     ram = _meminfo(root, "MemTotal")
     device_tree = _text(root / "proc/device-tree/model")
     product = _text(root / "sys/class/dmi/id/product_name")
+    compatible = tuple((_text(root / "proc/device-tree/compatible") or "").replace("\0", " ").split())
+    cpu_model = _cpu_model(blocks)
+    adreno = _text(root / "sys/class/kgsl/kgsl-3d0/gpu_model")
+    names = [name for name in (adreno, product, cpu_model, *compatible) if name]
     return Machine(
-        cpu_model=_cpu_model(blocks),
+        cpu_model=cpu_model,
         arch=_arch(root, blocks),
         isa=_isa(blocks),
         cores=len({_siblings(root, cpu) for cpu in cpus}) or None,
@@ -100,9 +103,10 @@ def this_machine(root: Path = ROOT) -> Machine:
         kernel=_text(root / "proc/sys/kernel/osrelease"),
         device_tree=device_tree,
         governor=_governor(root, cpus),
-        accelerators=_jetson(device_tree) or _deck(product) or (_nvidia() if root == ROOT else ()),
+        accelerators=accelerators.of_machine(device_tree, names, running=root == ROOT),
         python=platform.python_version(),
         product=product,
+        compatible=compatible,
     )
 
 
@@ -182,15 +186,18 @@ def _cpuinfo(root: Path) -> list[dict[str, str]]:
 def _cpu_model(blocks: list[dict[str, str]]) -> str:
     if names := [block["model name"] for block in blocks if block.get("model name")]:
         return names[0]
-    parts = [_arm_part(block["CPU part"]) for block in blocks if block.get("CPU part")]
+    parts = [_core(block.get("CPU implementer", ""), block["CPU part"]) for block in blocks if block.get("CPU part")]
     counted = {part: parts.count(part) for part in reversed(parts)}
     if len(counted) > 1:
         return " + ".join(f"{count}x {part}" for part, count in counted.items())
     return next(iter(counted), "unknown")
 
 
-def _arm_part(code: str) -> str:
-    return _ARM_PARTS.get(int(code, 16), f"CPU part {code}") if re.fullmatch(r"0x[0-9a-f]+", code) else "unknown"
+def _core(implementer: str, part: str) -> str:
+    number = int(part, 16) if re.fullmatch(r"0x[0-9a-f]{1,4}", part) else None
+    if number is None:
+        return "unknown"
+    return _CORES.get(implementer, {}).get(number, f"CPU part {part}")
 
 
 def _isa(blocks: list[dict[str, str]]) -> tuple[str, ...]:
@@ -216,24 +223,6 @@ def _os(root: Path) -> str:
 def _governor(root: Path, cpus: Iterable[int]) -> str | None:
     found = {_text(_cpu(root, cpu) / "cpufreq/scaling_governor") for cpu in cpus} - {None}
     return " + ".join(sorted(filter(None, found))) or None
-
-
-def _jetson(device_tree: str | None) -> tuple[Accelerator, ...]:
-    if device_tree is None or "Jetson" not in device_tree:
-        return ()
-    arch = next((arch for word, arch in _JETSON_ARCH.items() if word in device_tree), None)
-    return (Accelerator(name=f"integrated GPU of {device_tree}", api="cuda", arch=arch),)
-
-
-def _deck(product: str | None) -> tuple[Accelerator, ...]:
-    arch = _DECK_ARCH.get(product or "")
-    return (Accelerator(name=f"integrated GPU of {product}", api="vulkan", arch=arch),) if arch else ()
-
-
-def _nvidia() -> tuple[Accelerator, ...]:
-    library = nvml.library()
-    found = nvml.gpus(library) if library else ()
-    return tuple(Accelerator(api="cuda", **gpu._asdict()) for gpu in found)
 
 
 def _memory_limits(root: Path) -> Iterator[int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import msgspec
 
 from edgeq import backends, catalog, data, detect, recipe, size, sources
+from edgeq.accelerators import Accelerator
 from edgeq.backends.base import Backend
 from edgeq.errors import UnsupportedModel, UsageFault
-from edgeq.machine import Accelerator, Machine
+from edgeq.machine import Machine
 from edgeq.model import Model
 from edgeq.planning import Plan
 from edgeq.recipe import Recipe
@@ -71,12 +72,16 @@ class PlanSheet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Detection(msgspec.Struct, frozen=True, kw_only=True):
-    """The document of `edgeq targets detect`: the closest target's name or null, and what the machine has."""
+    """The document of `edgeq targets detect`: the closest target's name or null, and what the machine has.
+
+    `memory_bytes` is a container's limit where that is below `ram_bytes`.
+    """
 
     target: str | None
     cpu: str
     isa: tuple[str, ...]
     memory_bytes: int | None
+    ram_bytes: int | None
     accelerators: tuple[Accelerator, ...]
     backends: tuple[detect.BackendState, ...]
 
@@ -89,6 +94,7 @@ def detection(machine: Machine) -> Detection:
         cpu=machine.cpu_model,
         isa=machine.isa,
         memory_bytes=machine.memory_bytes,
+        ram_bytes=machine.ram_bytes,
         accelerators=machine.accelerators,
         backends=detect.usable_backends(detect.resolve(HOST, machine)),
     )

@@ -164,14 +164,15 @@ def checks(document: Sequence[Check]) -> Table:
 
 
 def targets(document: Iterable[Target]) -> Table:
-    """All targets."""
-    table = _table("target", "device", "api", "memory", "bandwidth", "aliases")
-    for each in document:
+    """All targets, those of one API and one class of device together."""
+    table = _table("target", "device", "api", "class", "memory", "bandwidth", "aliases")
+    for each in sorted(document, key=lambda each: (each.api, each.device_class or "", each.name)):
         speed = each.memory.bandwidth_bytes_per_s
         table.add_row(
             each.name,
             each.title,
             each.api,
+            each.device_class or "-",
             show_bytes(int(each.memory.total_bytes.value)) if each.memory.total_bytes else "-",
             f"{speed.value / 1e9:.0f} GB/s" if speed else "-",
             " ".join(each.aliases),
@@ -185,7 +186,7 @@ def target(document: Target) -> Table:
     for field, value in _leaves(document):
         if isinstance(value, Figure):
             table.add_row(field, f"{value.value:g}", value.source)
-        elif value not in (None, ()):
+        elif value not in (None, (), False):
             table.add_row(field, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value), "")
     return table
 
@@ -197,7 +198,7 @@ def detected(document: Detection) -> Table:
         ("target", document.target or "none of the catalogue"),
         ("cpu", document.cpu),
         ("isa", " ".join(document.isa)),
-        ("memory", show_bytes(document.memory_bytes)),
+        ("memory", _limited(document.memory_bytes, document.ram_bytes)),
         ("accelerators", ", ".join(map(str, document.accelerators)) or "none found"),
         *rows,
     )
@@ -250,8 +251,16 @@ def _leaves(part: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
     for field, value in fields:
         if isinstance(value, dict) or (hasattr(value, "__struct_fields__") and not isinstance(value, Figure)):
             yield from _leaves(value, f"{prefix}{field}.")
+        elif isinstance(value, dict):
+            yield from ((f"{prefix}{field}.{name}", each) for name, each in value.items())
         else:
             yield prefix + field, value
+
+
+def _limited(size: int | None, ram: int | None) -> str:
+    if size and ram and size < ram:
+        return f"{show_bytes(size)} (container's limit; the machine has {show_bytes(ram)})"
+    return show_bytes(size)
 
 
 def _usable(state: BackendState) -> str:

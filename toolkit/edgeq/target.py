@@ -70,7 +70,7 @@ class Memory(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     varies: bool = False
     usable_share: Figure | None = None
     bandwidth_bytes_per_s: Figure | None = None
-    measured: dict[str, Figure] = {}
+    measured: dict[str, Figure] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if wrong := [name for name in self.measured if not _RATE.fullmatch(name)]:

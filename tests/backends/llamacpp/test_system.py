@@ -8,9 +8,10 @@ import pytest
 
 import machines
 from edgeq import target
+from edgeq.accelerators import Accelerator
 from edgeq.backends.findings import Finding
 from edgeq.backends.llamacpp import system
-from edgeq.machine import Accelerator, Machine, this_machine
+from edgeq.machine import Machine, this_machine
 
 JETSON, THOR, LAPTOP, DECK, PI, MAC = map(
     target.load, ("jetson", "thor", "rtx-4060-laptop", "steamdeck", "pi5", "apple-m4")

@@ -9,13 +9,14 @@ import pytest
 
 import machines
 from edgeq import target
+from edgeq.accelerators import Accelerator
 from edgeq.backends.findings import Finding
 from edgeq.backends.llamacpp import install
 from edgeq.backends.mlc import checks, official
 from edgeq.backends.mlc.checks import Engine, Report
 from edgeq.backends.mlc.official import Official
 from edgeq.errors import MissingTool
-from edgeq.machine import Accelerator, Machine, this_machine
+from edgeq.machine import Machine, this_machine
 
 PINS = {"apache-tvm": "0.26.0", "apache-tvm-ffi": "0.1.13.post2"}
 ABSENT = Engine({"apache-tvm": None, "apache-tvm-ffi": None})

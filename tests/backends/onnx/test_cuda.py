@@ -13,6 +13,7 @@ import pytest
 
 from checkpoints import Build, quiet
 from edgeq import backends, bundle, target
+from edgeq.accelerators import Accelerator
 from edgeq.backends import onnx
 from edgeq.backends.base import Job
 from edgeq.backends.onnx import cuda
@@ -20,7 +21,6 @@ from edgeq.backends.onnx.cuda import CUBIN, PTX
 from edgeq.backends.onnx.session import OnnxSession
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import BackendFault, MissingTool
-from edgeq.machine import Accelerator
 from edgeq.recipe import parse
 from edgeq.target import Onnx
 
