@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from edgeq.target import Target
 from fitting import Place, Rates, effects, place_of
 
 BACKENDS = ("llamacpp", "mlc", "onnx")
-_TABLE = re.compile(r"\n*^\[calibration\..*?(?=^\[(?!calibration\.)|\Z)", re.MULTILINE | re.DOTALL)
 _POOLED = """\
 # What runtimes reach where a target has no calibration of its own, by API and runtime; `any` stands for all others.
 # Written by scripts/refit from published.toml. states, cache: share of eta that kernels of recurrent states and of
@@ -38,6 +36,11 @@ def rates() -> Rates:
     """The model of the shipped figures, with every place that is written down."""
     wanted = [place for name in target.names() for place in places(target.load(name)).values()]
     return Rates(published.read(), [*wanted, *_combinations()], peak)
+
+
+def rates_of_rows() -> Rates:
+    """The same with the places of the figures alone, which is smaller and says the same of them."""
+    return Rates(published.read(), [], peak)
 
 
 def places(device: Target) -> dict[str, Place]:
@@ -63,7 +66,7 @@ def files(found: Rates) -> dict[Path, str]:
     for name in target.names():
         path = data.folder("targets") / f"{name}.toml"
         tables = [table(f"calibration.{runtime}", place) for runtime, place in places(target.load(name)).items()]
-        body = _TABLE.sub("\n", path.read_text(encoding="utf-8")).rstrip("\n") + "\n"
+        body = without_tables(path.read_text(encoding="utf-8"))
         texts[path] = body + "".join(f"\n{each}" for each in tables)
     shared = found.shares(fit, ANY)
     lines = [_POOLED, f"states = {_number(math.exp(shared.states))}", f"k_quant = {_number(shared.k_quant)}"]
@@ -74,6 +77,17 @@ def files(found: Rates) -> dict[Path, str]:
     tables = [table(f"pooled.{api}.{runtime}", ("", api, runtime)) for _, api, runtime in _combinations()]
     texts[data.folder("estimating") / "rates.toml"] = "\n".join(lines) + "\n\n" + "\n".join(tables)
     return texts
+
+
+def without_tables(text: str) -> str:
+    """A target's file without its calibration tables, which may stand anywhere."""
+    kept, left_out = [], False
+    for line in text.splitlines():
+        if line.startswith("["):
+            left_out = line.startswith("[calibration.")
+        if not left_out:
+            kept.append(line)
+    return "\n".join(kept).rstrip("\n") + "\n"
 
 
 def stale(found: Rates) -> dict[Path, str]:

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import edgeq
+from edgeq import cli, data
+from edgeq.errors import UsageFault
+from edgeq.estimating import asked
+
+PROMISED = """
+    model target recipe backend context weights_bytes kv_cache_bytes state_bytes runtime_bytes total_bytes usable_bytes
+    fits max_context prefill_tokens_per_s decode_tokens_per_s first_token_s basis
+""".split()
+
+
+def test_json_has_every_promised_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["estimate", "qwen3.5-4b", "--target", "jetson", "--context", "8k", "--depth", "4k", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(PROMISED) <= set(found)
+    assert (found["target"], found["context"], found["depth"]) == ("jetson-orin-nano-super-8gb", 8192, 4096)
+    assert set(found["decode_tokens_per_s"]) == {"low", "mid", "high"}
+    parts = ("weights_bytes", "kv_cache_bytes", "state_bytes", "runtime_bytes")
+    assert found["total_bytes"] == sum(found[part] for part in parts)
+
+
+def test_what_is_estimated_starts_with_a_tilde(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["estimate", "qwen3-0.6b", "--target", "pi5"]) == 0
+    lines = {line[:12].strip(): line[12:].strip() for line in capsys.readouterr().out.splitlines()}
+    for row in ("memory", "prefill", "decode at 0", "first token"):
+        assert next(text for name, text in lines.items() if row.startswith(name) and name).startswith("~"), row
+
+
+def test_a_runtime_that_edgeq_does_not_build_for() -> None:
+    found = edgeq.estimate("qwen3-4b", target="apple-m4-max", recipe="4bit", backend="mlx")
+    assert (found.recipe, found.backend) == ("4bit", "mlx")
+    assert found.decode_tokens_per_s is not None
+    assert found.decode_tokens_per_s.mid == pytest.approx(163, rel=0.1)  # published.toml
+
+
+def test_a_published_quantization_moves_like_its_blocks() -> None:
+    plain = asked.ask("qwen3.5-4b", target="jetson", recipe_name="w4g32-e8-rtn-kv16", weights_bytes=2_700_000_000)
+    blocks = asked.ask("qwen3.5-4b", target="jetson", recipe_name="Q4_K_M", weights_bytes=2_700_000_000)
+    assert plain.decode_tokens_per_s is not None
+    assert blocks.decode_tokens_per_s is not None
+    assert blocks.decode_tokens_per_s.mid < plain.decode_tokens_per_s.mid
+
+
+@pytest.mark.parametrize("name", ["demo-qwen2.5", "demo-qwen3", "demo-qwen3.5"])
+def test_a_folder_needs_its_configuration_alone(name: str, tmp_path: Path) -> None:
+    shutil.copy(data.folder("demo") / name / "config.json", tmp_path)
+    found = asked.ask(str(tmp_path), target="jetson")
+    assert found.weights_bytes == asked.ask(name, target="jetson").weights_bytes > 0
+
+
+def test_auto_takes_what_the_backend_holds() -> None:
+    assert asked.ask("qwen3-0.6b", target="jetson").recipe == "w4g32-e8-rtn-kv16"
+    assert asked.ask("qwen3-0.6b", target="jetson", backend="onnx").recipe == "w4g32-e8-rtn"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 1 << 20}, "is not possible"),
+        ({"context": 100, "depth": 200}, "is not possible"),
+        ({"backend": "tensorflow"}, "neither a backend"),
+        ({"recipe_name": "w5g32"}, "is not a recipe"),
+    ],
+)
+def test_impossible_questions(options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageFault, match=message):
+        asked.ask("qwen3-0.6b", target="jetson", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("words", [["qwen3-0.6b"], ["qwen3-0.6b", "--json"], ["demo-qwen3", "--backend", "mlc"]])
+def test_no_heavy_library_is_imported(words: list[str]) -> None:
+    program = (
+        "import sys; from edgeq import cli; code = cli.main(['estimate', *sys.argv[1:], '-t', 'jetson']);"
+        "print(sorted({'numpy', 'torch', 'onnxruntime'} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
