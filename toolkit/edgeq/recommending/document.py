@@ -40,7 +40,8 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     """One model under one recipe, run by one backend.
 
     Speeds are with `depth` tokens in the cache, memory is with room for the whole context. quality: of the model as
-    floats; score: what quantization leaves of it. answer_s: seconds to read a prompt and write an answer. front: no
+    floats; score: what quantization leaves of it. considered: not an estimate for which another one, that differs in
+    its backend alone, stands. answer_s: seconds to read a prompt and write an answer. front: no
     other eligible candidate is at least as good in quality, speed and memory. excluded_by: constraints that it misses;
     reasons: one sentence each.
     """
@@ -66,6 +67,7 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     basis: str
     license: str | None
     commercial: bool | None
+    considered: bool = True
     front: bool = False
     verdict: str = "rejected"
     excluded_by: tuple[str, ...] = ()

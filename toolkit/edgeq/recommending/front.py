@@ -43,13 +43,18 @@ def timed(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 
 def marked(eligible: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates with those on the front marked; they are in the target's order of backends."""
+    """Candidates, given in the target's order of backends, with those considered and those on the front marked."""
     first: dict[tuple[str, str], Candidate] = {}
     for each in sorted(eligible, key=lambda each: each.evidence != "measured"):
         first.setdefault((each.model, each.recipe), each)
-    considered = [each for each in eligible if each.evidence == "measured" or first[each.model, each.recipe] is each]
-    front = [each for each in considered if not any(_beats(other, each) for other in considered)]
-    return [msgspec.structs.replace(each, front=any(each is one for one in front)) for each in eligible]
+    considered = [each.evidence == "measured" or first[each.model, each.recipe] is each for each in eligible]
+    rivals = [each for each, meant in zip(eligible, considered, strict=True) if meant]
+    return [
+        msgspec.structs.replace(
+            each, considered=meant, front=meant and not any(_beats(other, each) for other in rivals)
+        )
+        for each, meant in zip(eligible, considered, strict=True)
+    ]
 
 
 def balance(candidate: Candidate) -> float:
@@ -90,17 +95,15 @@ def why_chosen(chosen: Candidate, eligible: Sequence[Candidate]) -> tuple[str, .
 
 def why_lost(loser: Candidate, chosen: Candidate, eligible: Sequence[Candidate]) -> str:
     """Why an eligible candidate is not the choice, in one line."""
+    if not loser.considered:
+        twins = [
+            each for each in eligible if (each.model, each.recipe) == (loser.model, loser.recipe) and each.considered
+        ]
+        twin = max(twins, key=_rank)
+        why = "was measured" if twin.evidence == "measured" else "is named first for this device, neither was measured"
+        return f"{twin.backend} {why}: {_difference(loser, twin)}"
     if not loser.front:
         better = [each for each in eligible if each.front and _beats(each, loser)]
-        twins = [each for each in eligible if (each.model, each.recipe) == (loser.model, loser.recipe)]
-        twin = min(twins, key=lambda each: each.evidence != "measured")
-        if twin is not loser and (loser.evidence != "measured" or not better):
-            why = (
-                "was measured"
-                if twin.evidence == "measured"
-                else "is named first for this device, neither was measured"
-            )
-            return f"{twin.backend} {why}: {_difference(loser, twin)}"
         winner = chosen if chosen in better else max(better, key=_rank)
         return f"{winner.title} is at least as good, fast and small: {_difference(loser, winner)}"
     if _too_slow(loser) and not _too_slow(chosen):

@@ -156,10 +156,10 @@ def _distance(judged: tuple[Candidate, list[Miss]]) -> tuple[bool, int, float, i
     return factor == constraints.NEVER, len(missed), factor, candidate.memory_bytes or 0, -(candidate.score or 0.0)
 
 
-def _place(each: Candidate) -> tuple[bool, bool, bool, float]:
+def _place(each: Candidate) -> tuple[bool, bool, bool, bool, float]:
     """Order of eligible candidates: the choice, measured before estimated, the front by quality, others by balance."""
     worth = (each.score or 0.0) if each.front else front.balance(each)
-    return each.verdict != "chosen", each.evidence != "measured", not each.front, -worth
+    return each.verdict != "chosen", each.evidence != "measured", not each.front, not each.considered, -worth
 
 
 def _room(device: Target) -> int | None:
