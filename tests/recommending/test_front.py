@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pytest
+
 from edgeq.recommending import front
 from edgeq.recommending.document import Candidate, Thinking
 from edgeq.recommending.quantization import Loss
@@ -74,12 +76,13 @@ def test_a_model_that_always_thinks_pays_for_its_thoughts() -> None:
     assert round(eligible[0].answer_s - eligible[1].answer_s) == 1000 / 20
 
 
-def test_reading_the_prompt_counts_where_it_is_known_for_all() -> None:
-    known = front.timed([candidate(), candidate("qwen3-8b")])
-    partly = front.timed([candidate(), candidate("qwen3-8b", first_token_s=None)])
-    assert known[0].answer_s is not None
-    assert partly[0].answer_s is not None
-    assert known[0].answer_s > partly[0].answer_s == front.ANSWER / 20
+def test_reading_the_prompt_counts_where_it_is_known_for_any() -> None:
+    unknown = candidate("qwen3-8b", first_token_s=None)
+    known, slow = front.timed([candidate(), unknown])
+    (alone,) = front.timed([unknown])
+    assert known.answer_s == pytest.approx((512 / 20 + front.ANSWER) / 20)
+    assert slow.answer_s == pytest.approx((512 + front.ANSWER) / 20)
+    assert alone.answer_s == front.ANSWER / 20
 
 
 def test_a_candidate_of_unknown_speed_is_the_last_resort() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import msgspec
 
+from edgeq.estimating.estimate import PROMPT
 from edgeq.recommending import ordering
 from edgeq.recommending.document import Candidate
 from edgeq.units import show_bytes
@@ -31,14 +32,15 @@ RULE = (
     f"the best balance: one point of quality weighs as much as {SECONDS_PER_POINT:g} s of reading a prompt and writing "
     f"{ANSWER} tokens; slower than people read ({READING_TOKENS_PER_S:g} tokens/s) only where nothing is faster"
 )
-
-
 _NEAR = 0.5  # points: far less than any of the figures is known to
 
 
 def timed(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates with the seconds of an answer; the prompt counts where the time to read it is known for all."""
-    prompt = all(each.first_token_s for each in candidates)
+    """Candidates with the seconds of an answer.
+
+    Where the time to read a prompt is known for some, it counts for all: what is unknown is as slow as writing.
+    """
+    prompt = any(each.first_token_s for each in candidates if each.quality)
     return [msgspec.structs.replace(each, answer_s=_answer_s(each, prompt)) for each in candidates]
 
 
@@ -162,7 +164,8 @@ def _answer_s(candidate: Candidate, prompt: bool) -> float | None:
     if speed is None:
         return None
     thoughts = THOUGHTS if candidate.thinking and candidate.thinking.always else 0
-    reading = candidate.first_token_s.mid if prompt and candidate.first_token_s else 0.0
+    wait = candidate.first_token_s
+    reading = (wait.mid if wait else min(PROMPT, candidate.context) / speed.mid) if prompt else 0.0
     return reading + (ANSWER + thoughts) / speed.mid
 
 
