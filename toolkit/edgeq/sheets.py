@@ -109,11 +109,11 @@ def detection(machine: Machine) -> Detection:
 
 
 def model(name: str, *, offline: bool) -> ModelSheet:
-    """Sheet of a catalogue model by name or hub id, without the network, or of what `sources.shape` knows."""
+    """Sheet of a catalogue model by name or hub id, without the network, or of what `sources.configured` knows."""
     try:
         entry = catalog.load(name)
     except UsageFault:
-        short_name, shape = sources.shape(name, offline=offline)
+        short_name, shape = sources.configured(name, offline=offline)
         return _sheet(short_name, shape, None)
     return _sheet(entry.name, entry.model, entry)
 
