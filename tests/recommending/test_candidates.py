@@ -134,6 +134,14 @@ def test_a_measured_row_of_a_real_model_moves_the_estimates_of_all_others(work: 
     assert speed() < 0.7 * before
 
 
+def test_a_large_bundle_of_an_unknown_model_is_no_anchor_and_no_fault(work: Path) -> None:
+    row = msgspec.structs.replace(demo_row(), model="my-own-4b", backend="llamacpp", target=JETSON.name)
+    save(msgspec.structs.replace(row, bundle=msgspec.structs.replace(row.bundle, bytes=2_000_000_000)))
+    found = candidates.find(JETSON, 4096)
+    assert [each.quality for each in found if each.model == "my-own-4b"] == [None]
+    assert len(found) > 200
+
+
 def test_what_must_not_be_used_is_not_used(work: Path) -> None:
     save(msgspec.structs.replace(demo_row(), model="qwen3-0.6b", target=JETSON.name, valid=False))
     assert candidates.measured_rows(JETSON) == {}

@@ -17,8 +17,11 @@ __version__ = VERSION
 __all__ = ["__version__", "build", "estimate", "profile", "recommend"]
 
 
-def build(model: str, *, target: str, recipe: str = "auto", **options: Any) -> Built:
-    """Build a bundle; `options` are those of `planning.plan`, and the errors are its and `building.build`'s."""
+def build(model: str | None = None, *, target: str, recipe: str = "auto", **options: Any) -> Built:
+    """Build a bundle, of what `recommend` chooses without a model.
+
+    `options` are those of `planning.plan`, and the errors are its and `building.build`'s.
+    """
     from edgeq import building, planning
 
     return building.build(planning.plan(model, target=target, recipe_name=recipe, **options), lambda *_: None)

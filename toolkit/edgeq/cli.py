@@ -91,24 +91,16 @@ def build(
 ) -> None:
     """Quantize a checkpoint, build it for a device, and refuse a broken result."""
     from edgeq import building, choosing, planning, sheets, tables, units
-    from edgeq.recommending import recommend as advice
 
     _need(target, "--target", "edgeq targets list")
-    tokens = None if context is None else units.parse_tokens(context)
-    largest = units.parse_bytes(max_size) if max_size else None
-    if model is None:
-        choice = advice.for_build(target, recipe_name=recipe, backend=backend, context=tokens, max_size=largest)
-        _say(f"{choice.title}: {choice.reasons[0]}; edgeq recommend --target {target} says more")
-        model, backend = choice.model, choice.backend
-        recipe = choice.recipe if largest is None and max_loss is None and recipe == "auto" else recipe
     plan = planning.plan(
         model,
         target=target,
         recipe_name=recipe,
         backend=backend,
-        context=tokens,
+        context=None if context is None else units.parse_tokens(context),
         out=output,
-        max_size=largest,
+        max_size=units.parse_bytes(max_size) if max_size else None,
         max_loss=max_loss,
         calibration_text=calibration,
         offline=offline,

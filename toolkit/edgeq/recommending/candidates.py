@@ -21,6 +21,8 @@ from edgeq.recommending.document import Candidate, Thinking
 from edgeq.recommending.quantization import Loss
 from edgeq.target import Target
 
+_ANCHOR_BYTES = 100_000_000
+
 Key = tuple[str, str, str]
 """Model, recipe, backend."""
 
@@ -70,13 +72,9 @@ def _short(hub: str) -> str:
 
 
 def _anchors(rows: Iterable[Profile]) -> dict[str, Profile]:
-    """For each backend the measured row of the largest bundle: the smallest ones say nothing about bandwidth."""
-    smallest = 100_000_000
-    found: dict[str, Profile] = {}
-    for row in sorted(rows, key=lambda row: row.bundle.bytes):
-        if row.bundle.bytes >= smallest:
-            found[row.backend] = row
-    return found
+    """For each backend the measured row of the largest catalogue model: small bundles say nothing about bandwidth."""
+    known = [row for row in rows if row.model in ordering.of_catalogue().entries and row.bundle.bytes >= _ANCHOR_BYTES]
+    return {row.backend: row for row in sorted(known, key=lambda row: row.bundle.bytes)}
 
 
 def _holds(model: Model, wanted: Recipe, backend: str) -> bool:
