@@ -157,7 +157,7 @@ def test_a_stopped_build_keeps_its_walk_and_a_later_one_makes_the_same_bundle(
     with pytest.raises(Interrupted):
         building.build(work, stop)
     (name,) = hidden(tmp_path)
-    assert (tmp_path / name / "states.npz").is_file()
+    assert (tmp_path / name / "states.json").is_file()
     building.build(work, quiet)
     assert hidden(tmp_path) == []
     (tmp_path / "straight").mkdir()
@@ -200,6 +200,12 @@ def test_what_was_stopped_stays_and_what_failed_goes(tmp_path: Path, error: Base
         assert again == folder
         assert (again / "file").exists() == stays
     assert not folder.exists()
+
+
+def test_a_walk_that_was_stopped_before_it_found_anything_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(DiskFault), store.resumable(tmp_path, "key"):
+        raise DiskFault("full", run="free some space")
+    assert hidden(tmp_path) == []
 
 
 @pytest.mark.parametrize(("name", "near"), [("w4g64-e8-rtn", "w4g64-e8-guided"), ("w16", "w4g32-e8-guided")])

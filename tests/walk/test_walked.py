@@ -203,7 +203,7 @@ def test_what_a_stopped_walk_kept_is_not_gone_on_with_when_it_is_damaged(
     with pytest.raises(CorruptInput, match="kept") as caught:
         walked(checkpoint, "w4g32-e8-guided", tmp_path / "kept").solutions.values("model.layers.0.mlp.up_proj.weight")
     assert caught.value.run is not None
-    assert f"rm -r {tmp_path / 'kept'}" in caught.value.run
+    assert "again" in caught.value.run
 
 
 @pytest.mark.parametrize("name", ["w4g32-e8-gptq", "w4g32-e8-guided"])

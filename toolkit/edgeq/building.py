@@ -141,16 +141,14 @@ def _walk(
         predicted = 0.0
         if found is not None:
             work, predicted = choosing.settle(work, found, scale)
-        with ExitStack() as trial:
-            if text is not None and work.recipe.calibrated:
-                kept = trial.enter_context(store.resumable(parent, _walk_key(work, source, text, held)))
-                needed = work.bytes + footprint.disk(checkpoint.model, work.recipe, int(text.windows.size))
-                store.require_room(kept, needed - sum(path.stat().st_size for path in kept.iterdir()))
-            walked = walk.quantize(checkpoint, work.recipe, held, windows, kept, progress)
-            kept_budget = not work.loss_is_budget or walked.weights_only <= _ROOM * work.max_loss
-            if not left or found is None or kept_budget or not math.isfinite(walked.weights_only):
-                stack.enter_context(trial.pop_all())
-                break
+        if text is not None and work.recipe.calibrated:
+            kept = stack.enter_context(store.resumable(parent, _walk_key(work, source, text, held)))
+            needed = work.bytes + footprint.disk(checkpoint.model, work.recipe, int(text.windows.size))
+            store.require_room(kept, needed - sum(path.stat().st_size for path in kept.iterdir()))
+        walked = walk.quantize(checkpoint, work.recipe, held, windows, kept, progress)
+        kept_budget = not work.loss_is_budget or walked.weights_only <= _ROOM * work.max_loss
+        if not left or found is None or kept_budget or not math.isfinite(walked.weights_only):
+            break
         scale *= walked.weights_only / predicted
     return work, walked, kept
 

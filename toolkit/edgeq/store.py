@@ -54,21 +54,25 @@ def resumable(parent: Path, key: str) -> Iterator[Path]:
     import fcntl
 
     folder = parent / f".edgeq.walk.{key}"
-    folder.mkdir(exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    handle = None
     try:
+        folder.mkdir(exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         ours = folder.stat().st_ino == os.fstat(handle).st_ino  # not one that another process has just removed
     except OSError:
         ours = False
-    if not ours:
-        os.close(handle)
+    if handle is None or not ours:
+        if handle is not None:
+            os.close(handle)
         with tempfile.TemporaryDirectory(prefix=".edgeq.", dir=parent) as own:
             yield Path(own)
         return
     try:
         yield folder
     except (Interrupted, OutOfMemory, DiskFault, BackendFault, MissingTool, OSError, MemoryError):
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # which leaves anything that was found
         raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

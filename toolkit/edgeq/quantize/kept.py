@@ -39,9 +39,9 @@ class Solutions:
         try:
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 return _read(arrays, layout, name)
-        except (ValueError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        except (ValueError, KeyError, EOFError, FileNotFoundError, zipfile.BadZipFile, zlib.error) as error:
             raise CorruptInput(
-                f"{path}: not a solution that was kept", why=str(error), run=f"rm -r {path.parent}, then build again"
+                f"{path}: not a solution that was kept", why=str(error), run="edgeq build ... again, from the start"
             ) from error
 
     def values(self, name: str) -> NDArray[np.float32]:

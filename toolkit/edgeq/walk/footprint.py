@@ -18,8 +18,9 @@ from edgeq.walk.windows import Held
 
 _LIBRARY_BYTES = 700_000_000  # torch, transformers and ONNX Runtime, as measured
 _FLOAT = 4
-_SOLVED = (0.6, 1.2)  # bytes of a kept weight of up to 4 bits, and of one of more, with its scales
+_SOLVED = (0.7, 1.2)  # bytes of a kept weight of up to 4 bits, and of one of more, with its scales
 _ARRAYS, _WINDOW = 8, 512  # temporaries of a thread that solves; tokens of a calibration window
+_GRAPH = 3  # attention's scores in a thread that goes backwards
 
 
 def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) -> int:
@@ -28,8 +29,9 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
     recipe: None for the float model alone. The largest of: a layer with what solving it takes, and the ends of the
     model, logits of some windows and the table's codes. Solving takes the second moments of the widest input, their
     factor, for a guided recipe what the layers before have lost, what some windows read, the solved matrix, and room
-    for each thread; hidden states are in files then. A guided recipe's gradients are held twice beside the states, a
-    mix is measured with what all matrices of a layer read and write. Calibrating a cache takes less than the logits.
+    for each thread; hidden states are in files then. A guided recipe's gradients are held twice beside the states, with
+    what each thread goes back through; a mix is measured with what all matrices of a layer read and write. Calibrating
+    a cache takes less than the logits.
     """
     shapes = model.tensors()
     sizes, channels = [0] * model.layers, [0] * model.layers
@@ -56,8 +58,9 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
         if recipe.guided or recipe.mixed:
             logits = 3 * min(tokens, _WINDOW) * model.vocab
             text = model.hidden * tokens * (3 if recipe.guided else 0)
-            watched = WINDOWS * _WINDOW * max(channels) if recipe.mixed else 0
-            ends = max(ends, _FLOAT * (text + max(layer + watched, logits)))
+            watched = 2 * WINDOWS * _WINDOW * max(channels) if recipe.mixed else 0
+            graphs = physical_cores() * _WINDOW * (max(channels) + _GRAPH * model.heads * _WINDOW)
+            ends = max(ends, _FLOAT * (text + max(layer + watched + graphs, logits)))
         layer += solving
     return int(_LIBRARY_BYTES + _FLOAT * states + max(_FLOAT * layer, ends))
 

@@ -82,7 +82,7 @@ def backwards(
     *,
     watch: bool = False,
 ) -> Iterator[Backward]:
-    """Every layer from the last to the first; `slopes` are the gradients after it, and afterwards those before it.
+    """Every layer from the last to the first, each until the next; `slopes` are the gradients after it, then before it.
 
     between: as `forwards` found them. watch: find what every matrix that recipes quantize reads, and the gradient at
     what it writes.
@@ -98,14 +98,16 @@ def backwards(
             def back(window: int, index: int = index, found: Backward = found) -> Any:
                 before = torch.from_numpy(between[index, window].copy()).view(torch.bfloat16).to(torch.float32)
                 watched = model.matrices(index) if watch else []
-                return _pull_back(model, index, before, torch.from_numpy(found.after[window]), watched)
-
-            for window, (slope, read, written) in enumerate(model.parallel(back, range(len(slopes)))):
+                slope, *seen = _pull_back(model, index, before, torch.from_numpy(found.after[window]), watched)
                 slopes[window] = slope.numpy()
+                return seen
+
+            for read, written in model.parallel(back, range(len(slopes))):
                 for name in read:
                     found.read.setdefault(name, []).append(read[name])
                     found.written.setdefault(name, []).append(written[name])
         yield found
+        found.after, found.read, found.written = slopes[:0], {}, {}
     progress("gradients", total, total)
 
 

@@ -145,9 +145,9 @@ def _token_weights(
         partial.replace(kept)
     try:
         weights: NDArray[np.float32] = np.load(kept, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
+    except (ValueError, EOFError) as error:
         raise CorruptInput(
-            f"{kept}: not the weights that a walk kept", why=str(error), run=f"rm -r {folder}, then build again"
+            f"{kept}: not the weights that a walk kept", why=str(error), run="edgeq build ... again, from the start"
         ) from error
     return weights
 

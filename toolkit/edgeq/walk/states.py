@@ -50,10 +50,12 @@ class States:
             return None
         try:
             layer = int(json.loads((folder / _LAYER).read_text()))
-            return cls(layer, **{name: np.load(path, mmap_mode="r") for name, path in _paths(folder, layer).items()})
-        except (ValueError, TypeError, EOFError, OSError) as error:
+            return cls(layer, **{name: np.load(path, mmap_mode="c") for name, path in _paths(folder, layer).items()})
+        except (ValueError, TypeError, EOFError, FileNotFoundError) as error:
             raise CorruptInput(
-                f"{folder}: not the states that a walk kept", why=str(error), run=f"rm -r {folder}, then build again"
+                f"{folder}: not the states that a walk kept",
+                why=str(error),
+                run="edgeq build ... again, from the start",
             ) from error
 
 
