@@ -15,7 +15,7 @@ from checkpoints import Build, quiet
 from edgeq import building, bundle, calibration, data, planning, store
 from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import CorruptInput, GateFailed, Interrupted, UsageFault
+from edgeq.errors import CorruptInput, DiskFault, GateFailed, Interrupted, UsageFault
 
 DEMO = (data.folder("demo") / "calibration.txt").read_text(encoding="utf-8")
 
