@@ -34,8 +34,10 @@ def peak(host: str, api: str) -> float | None:
 
 def rates() -> Rates:
     """The model of the shipped figures, with every place that is written down."""
+    found = published.read()
     wanted = [place for name in target.names() for place in places(target.load(name)).values()]
-    return Rates(published.read(), [*wanted, *_combinations()], peak)
+    likes = [(host, api, each.like) for host, api, name in wanted if (each := found.relation(api, name))]
+    return Rates(found, [*wanted, *likes, *_combinations()], peak)
 
 
 def rates_of_rows() -> Rates:
@@ -60,7 +62,12 @@ def files(found: Rates) -> dict[Path, str]:
     fit, compute = found.fit(found.fitted), found.fit_compute(found.fitted)
 
     def table(head: str, place: Place) -> str:
-        return _table(head, found.rate(fit, compute, place, _source(found, place)))
+        host, api, runtime = place
+        if (relation := found.published.relation(api, runtime)) is None:
+            return _table(head, found.rate(fit, compute, place, _source(found, place)))
+        like = (host, api, relation.like)
+        source = f"{_source(found, like)}; {runtime} x {relation.decode}, measured beside it: {relation.source}"
+        return _table(head, found.rate(fit, compute, like).scaled(relation.decode, relation.prefill, source))
 
     texts = {}
     for name in target.names():
