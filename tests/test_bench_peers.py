@@ -161,3 +161,17 @@ def test_ggml_rounds_as_its_quantizer_does_and_edgeq_s_codes_are_nearer(
     rows = list(layout.block_rows("layout", Checkpoint.open(tiny("3")), tmp_path))
     assert {figures.verdict(each) for each in rows if each.goal} == {"met"}
     assert sum(each.edgeq == each.peer for each in rows) >= 3
+
+
+def test_readmes_tables_are_those_of_the_reports_that_are_kept() -> None:
+    files = sorted((SCRIPTS.parent / "profiles" / "peers").rglob("*.json"))
+    assert files
+    words = [word for file in files for word in ("--show", str(file))]
+    command = [sys.executable, str(SCRIPTS / "bench_peers"), *words]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    readme = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
+    section = readme[readme.index("## Against its peers") :].partition("\n## ")[0]
+    shown = [line for block in section.split("```")[1::2] for line in block.strip().splitlines()]
+    known = {" ".join(line.split()) for line in printed.splitlines()}
+    assert shown
+    assert [line for line in shown if " ".join(line.split()) not in known] == []

@@ -202,7 +202,7 @@ def test_what_was_stopped_stays_and_what_failed_goes(tmp_path: Path, error: Base
     assert not folder.exists()
 
 
-@pytest.mark.parametrize("name, near", [("w4g64-e8-rtn", "w4g64-e8-guided"), ("w16", "w4g32-e8-guided")])
+@pytest.mark.parametrize(("name", "near"), [("w4g64-e8-rtn", "w4g64-e8-guided"), ("w16", "w4g32-e8-guided")])
 def test_a_text_without_a_calibrated_recipe_is_refused_with_one_that_is(
     tiny: Build, tmp_path: Path, text: Path, name: str, near: str
 ) -> None:

@@ -27,7 +27,7 @@ def test_help_imports_nothing_heavy() -> None:
     )
     child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (child.returncode, child.stderr.strip()) == (0, "[]")
-    for command in ("build", "profile", "run", "verify", "targets", "models", "doctor"):
+    for command in ("build", "profile", "run", "verify", "targets", "models", "doctor", "recommend"):
         assert command in child.stdout
 
 
@@ -43,13 +43,62 @@ def test_errors_say_what_why_and_what_to_run_next_on_stderr(capsys: pytest.Captu
     assert "Next: edgeq targets list" in err
 
 
-@pytest.mark.parametrize(("words", "missing"), [(["build"], "--target"), (["build", "-t", "host"], "MODEL")])
-def test_a_build_without_its_words_says_which(
-    capsys: pytest.CaptureFixture[str], words: list[str], missing: str
-) -> None:
-    code, _, err = run(capsys, *words)
+@pytest.mark.parametrize("command", ["build", "recommend"])
+def test_a_command_without_its_target_says_so(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    code, _, err = run(capsys, command)
     assert code == 2
-    assert f"{missing} is missing" in err
+    assert "--target is missing" in err
+
+
+def test_a_build_without_a_model_takes_what_is_recommended_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    code, printed, err = run(capsys, "build", "--target", "jetson", "--dry-run", "--offline", "--json")
+    assert code == 0, err
+    document = json.loads(printed.splitlines()[-1])
+    assert f"{document['model']} {document['recipe']} {document['backend']}: best balance" in err
+    assert document["model"] in ("qwen3.5-4b", "qwen3-4b-instruct-2507")
+    assert document["target"] == "jetson-orin-nano-super-8gb"
+
+
+def test_a_build_without_a_model_keeps_the_words_that_were_given(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["build", "-t", "pi5", "--dry-run", "--offline", "--backend", "onnx", "--recipe", "w4g64-e8-rtn", "--json"]
+    code, printed, err = run(capsys, *words)
+    assert code == 0, err
+    document = json.loads(printed.splitlines()[-1])
+    assert (document["recipe"], document["backend"]) == ("w4g64-e8-rtn", "onnx")
+
+
+def test_a_recommendation_that_nothing_meets_is_printed_and_exits_with_3(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["recommend", "--target", "jetson", "--min-tps", "1000"]
+    code, printed, err = run(capsys, *words, "--json")
+    assert code == 3
+    document = json.loads(printed.splitlines()[-1])
+    assert document["choice"] is None
+    assert document["closest"]["reasons"]
+    assert "min-tps excluded most" in err
+    code, printed, err = run(capsys, *words)
+    assert code == 3
+    assert "nothing fits" in printed
+
+
+def test_a_recommendation_is_a_table_with_a_plot_where_one_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "recommend",
+        "-t",
+        "jetson",
+        "--max-memory",
+        "4GB",
+        "--license",
+        "open",
+        "--capability",
+        "vision",
+        "--plot",
+    ]
+    code, printed, err = run(capsys, *words, "--context", "8k", "--max-ttft", "60", "--max-loss", "0.5")
+    assert (code, err) == (0, "")
+    assert "why not" in printed
+    assert "vision tower is left out" in printed
+    assert " quality\n" in printed
+    assert "~" in printed
 
 
 def test_a_build_for_the_jetson_says_on_stderr_which_backend_it_took_and_what_would_suit_better(
@@ -132,6 +181,25 @@ def test_the_looking_commands_print_a_table_and_one_json_document(
     code, printed, _ = run(capsys, *words, "--json")
     assert code == 0
     assert json.loads(printed.splitlines()[-1])
+
+
+def test_what_only_looks_needs_no_engine_and_no_numpy() -> None:
+    looking = [
+        ["targets", "list"],
+        ["targets", "show", "jetson"],
+        ["targets", "detect"],
+        ["targets", "validate"],
+        ["models", "list"],
+        ["models", "show", "qwen3-0.6b"],
+        ["recommend", "--target", "jetson"],
+    ]
+    heavy = ("torch", "onnxruntime", "numpy", "tvm", "llama_cpp", "transformers")
+    script = (
+        f"import sys; from edgeq import cli; codes = [cli.main(words) for words in {looking!r}]; "
+        f"print(codes, [name for name in {heavy!r} if name in sys.modules], file=sys.stderr)"
+    )
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert child.stderr.strip() == f"{[0] * len(looking)} []"
 
 
 def test_detect_has_the_promised_keys(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def test_a_catalogue_models_sheet_needs_no_hub(name: str) -> None:
     check(sheet, entry.model)
     assert (sheet.name, sheet.hub, sheet.license) == (name, entry.hub, entry.license)
     assert sheet.modality == entry.modality
+    assert sheet.scores == entry.scores
     assert ("vision" in sheet.left_out) is entry.model.has_vision
 
 
@@ -91,6 +93,13 @@ def test_a_folders_sheet_comes_from_its_checkpoint(tiny: Build, generation: str,
     assert (sheet.hub, sheet.license, sheet.commercial, sheet.thinking) == (None, None, None, None)
     assert sheet.modality == ("text",)
     assert sheet.left_out == ()
+
+
+@pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
+def test_a_folders_configuration_is_enough(tmp_path: Path, generation: str) -> None:
+    config = checkpoints.config_of(generation)
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    check(sheets.model(str(tmp_path), offline=True), read_config(config))
 
 
 def test_what_is_left_out_is_said(tiny: Build) -> None:

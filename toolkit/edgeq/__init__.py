@@ -11,16 +11,31 @@ if TYPE_CHECKING:
     from edgeq.building import Built
     from edgeq.estimating.estimate import Estimate
     from edgeq.profiles import Profile
+    from edgeq.recommending.document import Recommendation
 
 __version__ = VERSION
-__all__ = ["__version__", "build", "estimate", "profile"]
+__all__ = ["__version__", "build", "estimate", "profile", "recommend"]
 
 
-def build(model: str, *, target: str, recipe: str = "auto", **options: Any) -> Built:
-    """Build a bundle; `options` are those of `planning.plan`, and the errors are its and `building.build`'s."""
+def build(model: str | None = None, *, target: str, recipe: str = "auto", **options: Any) -> Built:
+    """Build a bundle, of what `recommend` chooses without a model.
+
+    `options` are those of `planning.plan`, and the errors are its and `building.build`'s.
+    """
     from edgeq import building, planning
 
     return building.build(planning.plan(model, target=target, recipe_name=recipe, **options), lambda *_: None)
+
+
+def recommend(target: str, *, context: int | None = None, **constraints: Any) -> Recommendation:
+    """Which model, recipe and backend suit a device; `constraints`: fields of `recommending.document.Constraints`.
+
+    The choice is None when no candidate meets them all. Raises UsageFault for unknown words.
+    """
+    from edgeq.recommending import recommend
+    from edgeq.recommending.document import Constraints
+
+    return recommend.recommend(target, context=context, wanted=Constraints(**constraints))
 
 
 def profile(bundle: str | Path, *, target: str | None = None, **options: Any) -> Profile:

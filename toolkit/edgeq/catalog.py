@@ -54,9 +54,14 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return read_config(self.config)
 
 
+def entries() -> tuple[Entry, ...]:
+    """All models, by generation and then by size."""
+    return tuple(sorted(map(_read, _files()), key=_rank))
+
+
 def names() -> tuple[str, ...]:
     """Names of all models, by generation and then by size."""
-    return tuple(entry.name for entry in sorted(map(_read, _files()), key=_rank))
+    return tuple(entry.name for entry in entries())
 
 
 def load(name: str) -> Entry:

@@ -69,7 +69,10 @@ def root(version: Version = False) -> None:
 
 @app.command()
 def build(
-    model: Annotated[str | None, typer.Argument(help="Folder, hub id, catalogue name or demo-qwen3.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder, hub id, catalogue name or demo-qwen3; left out: what recommend chooses."),
+    ] = None,
     target: Annotated[str, typer.Option("--target", "-t", help="Device, alias, TOML file or host.")] = "",
     recipe: Annotated[str, typer.Option(help="For example w4g32-e8-rtn; auto: the target's best.")] = "auto",
     backend: Annotated[
@@ -90,9 +93,8 @@ def build(
     from edgeq import building, choosing, planning, sheets, tables, units
 
     _need(target, "--target", "edgeq targets list")
-    _need(model, "MODEL", "edgeq models list")
     plan = planning.plan(
-        str(model),
+        model,
         target=target,
         recipe_name=recipe,
         backend=backend,
@@ -249,6 +251,44 @@ def doctor(
             typer.echo(f"\nto copy, for {check.name}:\n{check.remedy[start:]}")
 
 
+@app.command()
+def recommend(
+    target: Annotated[str, typer.Option("--target", "-t", help="Device, alias, TOML file or host.")] = "",
+    context: Annotated[str | None, typer.Option("--context", "-c", help="Tokens of context, such as 4k.")] = None,
+    min_tps: Annotated[float | None, typer.Option(help="Least tokens per second of decoding.")] = None,
+    max_ttft: Annotated[float | None, typer.Option(help="Most seconds to the first token of a prompt of 512.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Most memory of all, such as 6GB.")] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Largest share of its quality that quantization may cost, such as 0.05.")
+    ] = None,
+    license: Annotated[str | None, typer.Option(help="open: models for commercial use too.")] = None,
+    capability: Annotated[list[str] | None, typer.Option(help="vision, video or thinking; may be repeated.")] = None,
+    evidence: Annotated[str, typer.Option(help="measured, estimated or any.")] = "any",
+    plot: Annotated[bool, typer.Option("--plot", help="Draw quality over speed.")] = False,
+    json: Json = False,
+) -> None:
+    """Choose model, recipe and backend for a device, and say why, and why not the others."""
+    from edgeq import plots, tables, units
+    from edgeq.recommending import recommend as advice
+    from edgeq.recommending.document import Constraints
+
+    _need(target, "--target", "edgeq targets list")
+    wanted = Constraints(
+        min_tps=min_tps,
+        max_ttft_s=max_ttft,
+        max_memory_bytes=units.parse_bytes(max_memory) if max_memory else None,
+        max_loss=max_loss,
+        license=license,
+        capability=tuple(capability or ()),
+        evidence=evidence,
+    )
+    found = advice.recommend(target, context=None if context is None else units.parse_tokens(context), wanted=wanted)
+    _show(found, json, tables.recommendation)
+    if plot and not json:
+        typer.echo(plots.front(found))
+    advice.require(found)
+
+
 @targets_app.command("list")
 def targets_list(json: Json = False) -> None:
     """All devices."""
@@ -289,7 +329,7 @@ def models_list(json: Json = False) -> None:
     """All models of the catalogue and the bundled demos."""
     from edgeq import catalog, tables
 
-    _show([catalog.load(name) for name in catalog.names()], json, tables.models)
+    _show(catalog.entries(), json, tables.models)
 
 
 @models_app.command("show")

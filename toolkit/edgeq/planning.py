@@ -12,6 +12,7 @@ from edgeq.errors import MissingTool, NothingFits, UsageFault
 from edgeq.machine import this_machine
 from edgeq.model import Model
 from edgeq.recipe import Recipe
+from edgeq.recommending import recommend
 from edgeq.target import Target
 
 CONTEXT = 4096
@@ -47,7 +48,7 @@ class Plan:
 
 
 def plan(
-    model: str,
+    model: str | None,
     *,
     target: str,
     recipe_name: str = "auto",
@@ -61,10 +62,20 @@ def plan(
 ) -> Plan:
     """Decide everything that `building.build` needs; of a model on a hub only its configuration is fetched.
 
+    model None: the one that `recommend` chooses for the target, among what can be built here.
     Raises UsageFault for unknown words, MissingTool when no backend of the target can build here, NothingFits when no
     recipe is predicted to stay within `max_size` bytes, and what opening a folder raises.
     """
     device = detect.resolve(target)
+    advice: tuple[str, ...] = ()
+    if model is None:
+        choice = recommend.for_build(
+            target, recipe_name=recipe_name, backend=backend, context=context, max_size=max_size
+        )
+        advice = (f"{choice.title}: {choice.reasons[0]}; edgeq recommend --target {target} says more",)
+        model, backend = choice.model, choice.backend
+        if recipe_name == "auto" and max_size is None and max_loss is None:
+            recipe_name = choice.recipe
     name, shape = sources.shape(model, offline=offline)
     chosen, notes = _backend(device, backend, shape, recipe_name)
     engine = backends.get(chosen)
@@ -85,7 +96,7 @@ def plan(
         calibration=_calibration(wanted, engine, calibration_text),
         bytes=size.weight_bytes(shape, wanted, engine.scale_bits(wanted)),
         bits_per_weight=size.bits_per_weight(shape, wanted, engine.scale_bits(wanted)),
-        notes=(*notes, *_notes(model, shape, device, chosen)),
+        notes=(*advice, *notes, *_notes(model, shape, device, chosen)),
     )
 
 

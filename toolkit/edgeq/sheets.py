@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from edgeq import backends, catalog, data, detect, recipe, size, sources
 from edgeq.accelerators import Accelerator
-from edgeq.backends.base import Backend
 from edgeq.errors import UnsupportedModel, UsageFault
 from edgeq.machine import Machine
 from edgeq.model import Model
-from edgeq.planning import Plan
 from edgeq.recipe import Recipe
 from edgeq.target import HOST
+
+if TYPE_CHECKING:
+    from edgeq.backends.base import Backend
+    from edgeq.planning import Plan
 
 
 class BackendSize(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +37,10 @@ class RecipeSize(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelSheet(msgspec.Struct, frozen=True, kw_only=True):
-    """The document of `edgeq models show`; license and catalogue facts are null for a checkpoint outside it."""
+    """The document of `edgeq models show`; license and catalogue facts are null for a checkpoint outside it.
+
+    scores: published ones by mode, each with its source.
+    """
 
     name: str
     generation: str
@@ -52,6 +59,7 @@ class ModelSheet(msgspec.Struct, frozen=True, kw_only=True):
     modality: tuple[str, ...]
     left_out: tuple[str, ...]
     recipes: tuple[RecipeSize, ...]
+    scores: dict[str, catalog.Scores]
 
 
 class PlanSheet(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,11 +109,11 @@ def detection(machine: Machine) -> Detection:
 
 
 def model(name: str, *, offline: bool) -> ModelSheet:
-    """Sheet of a catalogue model by name or hub id, without the network, or of what `sources.shape` knows."""
+    """Sheet of a catalogue model by name or hub id, without the network, or of what `sources.configured` knows."""
     try:
         entry = catalog.load(name)
     except UsageFault:
-        short_name, shape = sources.shape(name, offline=offline)
+        short_name, shape = sources.configured(name, offline=offline)
         return _sheet(short_name, shape, None)
     return _sheet(entry.name, entry.model, entry)
 
@@ -172,4 +180,5 @@ def _sheet(name: str, shape: Model, entry: catalog.Entry | None) -> ModelSheet:
         modality=entry.modality if entry else ("text",),
         left_out=(("vision",) if shape.has_vision else ()) + (("mtp",) if shape.has_mtp else ()),
         recipes=sizes,
+        scores=entry.scores if entry else {},
     )

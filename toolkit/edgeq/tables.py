@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from edgeq.estimating.estimate import Estimate
     from edgeq.estimating.speed import Range
     from edgeq.profiles import Load, Profile, Speculation, Spread
+    from edgeq.recommending.document import Recommendation
     from edgeq.sheets import Detection, ModelSheet, PlanSheet
     from edgeq.target import Target
     from edgeq.verifying import Verified
@@ -234,6 +235,9 @@ def model(document: ModelSheet) -> Group:
         ]
     if document.left_out:
         facts.append(("left out", ", ".join(document.left_out)))
+    for mode, scores in document.scores.items():
+        values = ", ".join(f"{name} {value:g}" for name, value in scores.values.items())
+        facts.append((f"scores, {mode.replace('_', ' ')}", f"{values} ({scores.source})"))
     engines = list(dict.fromkeys(size.backend for each in document.recipes for size in each.backends))
     sizes = _table("recipe", *(f"{name}: bits per weight, weights" for name in engines))
     for each in document.recipes:
@@ -244,6 +248,49 @@ def model(document: ModelSheet) -> Group:
     return Group(_facts(*facts), "", sizes)
 
 
+def recommendation(document: Recommendation) -> Group:
+    """The choice and its reasons, the front each other model by its best candidate, and why not these."""
+    shown, models = [], set()
+    for each in document.candidates:
+        if each.front or each.model not in models:
+            shown.append(each)
+        models.add(each.model)
+    table = _table("", "model", "recipe", "backend", "memory", "tokens/s", "answer", "quality", "evidence")
+    for each in shown:
+        mark = {"chosen": "*", "rejected": "-"}.get(each.verdict, "front" if each.front else "")
+        about = "" if each.evidence == "measured" else "~"
+        table.add_row(
+            mark,
+            each.model,
+            each.recipe,
+            each.backend,
+            about + show_bytes(each.memory_bytes),
+            _interval(each.decode_tokens_per_s, about),
+            "-" if each.answer_s is None else f"{about}{each.answer_s:.0f} s",
+            "-" if each.score is None else f"~{each.score:.1f}",
+            each.evidence,
+        )
+    choice, rest = document.choice, len(document.candidates) - len(shown)
+    others = [f"{each.title}: {'; '.join(each.reasons)}" for each in shown if each is not choice]
+    return Group(
+        f"{document.target}, {document.context} tokens of context"
+        + (f": {choice.title}" if choice else ": nothing fits"),
+        *([f"  {reason}" for reason in choice.reasons] if choice else []),
+        *(f"  {note}" for note in document.notes),
+        "",
+        table,
+        "",
+        "why not",
+        *(f"  {line}" for line in others),
+        *([f"  {rest} other recipes and backends of these models: --json has each with its reason"] if rest else []),
+        *([f"chosen is {document.rule}"] if choice else []),
+    )
+
+
+def _interval(rate: Range | None, about: str) -> str:
+    return "-" if rate is None else f"{about}{rate.mid:.1f} [{rate.low:.1f}, {rate.high:.1f}]"
+
+
 def _leaves(part: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
     fields = (
         part.items() if isinstance(part, dict) else [(name, getattr(part, name)) for name in part.__struct_fields__]
@@ -251,8 +298,6 @@ def _leaves(part: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
     for field, value in fields:
         if isinstance(value, dict) or (hasattr(value, "__struct_fields__") and not isinstance(value, Figure)):
             yield from _leaves(value, f"{prefix}{field}.")
-        elif isinstance(value, dict):
-            yield from ((f"{prefix}{field}.{name}", each) for name, each in value.items())
         else:
             yield prefix + field, value
 

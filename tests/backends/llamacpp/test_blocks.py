@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from checkpoints import config_of
-from edgeq.backends.llamacpp import blocks
+from edgeq.backends.llamacpp import blocks, limits
 from edgeq.errors import UnsupportedModel, UsageFault
 from edgeq.model import Model, read_config
 from edgeq.quantize import rtn
@@ -55,8 +55,8 @@ def shape(generation: str, **changes: object) -> Model:
 @pytest.mark.parametrize("group", [16, 64, 128])
 def test_other_groups_are_refused_with_a_recipe_that_works(group: int) -> None:
     with pytest.raises(UsageFault, match=r"model\.embed_tokens\.weight.*\n.*\n.*w4g32-e8-rtn"):
-        blocks.check(shape("3"), parse(f"w4g{group}-e8-rtn"))
-    blocks.check(shape("3"), parse("w4g32-e8-rtn"))
+        limits.check(shape("3"), parse(f"w4g{group}-e8-rtn"))
+    limits.check(shape("3"), parse("w4g32-e8-rtn"))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_other_groups_are_refused_with_a_recipe_that_works(group: int) -> None:
 )
 def test_the_recipe_that_is_offered_instead_keeps_the_rest(given: str, offered: str) -> None:
     with pytest.raises(UsageFault) as caught:
-        blocks.check(shape("3", head_dim=32), parse(given))
+        limits.check(shape("3", head_dim=32), parse(given))
     assert caught.value.run == f"edgeq build ... --recipe {parse(offered)}"
 
 
@@ -90,15 +90,15 @@ def test_zero_points_two_bits_and_columns_are_refused_with_what_comes_closest(
     wide = shape("3", hidden=256, ffn=512, heads=8, head_dim=32)
     for model, near in ((wide, offered), (shape("3"), narrow)):
         with pytest.raises(UsageFault, match=r"llama\.cpp cannot hold") as caught:
-            blocks.check(model, parse(given))
+            limits.check(model, parse(given))
         assert caught.value.run == f"edgeq build ... --recipe {near}"
-    blocks.check(wide, parse(offered))
+    limits.check(wide, parse(offered))
 
 
 def test_an_8_bit_cache_needs_heads_that_fill_its_blocks() -> None:
     with pytest.raises(UsageFault, match=r"heads of 16 do not fill blocks.*\n.*\n.*--recipe f32-kv16"):
-        blocks.check(shape("3", head_dim=16), parse("f32-kv8"))
-    blocks.check(shape("3", head_dim=16), parse("f32-kv16"))
+        limits.check(shape("3", head_dim=16), parse("f32-kv8"))
+    limits.check(shape("3", head_dim=16), parse("f32-kv16"))
 
 
 @pytest.mark.parametrize("change", [{"value_head_dim": 64}, {"value_heads": 3}])
@@ -107,14 +107,14 @@ def test_heads_that_llama_cpp_cannot_load_are_refused(change: dict[str, int]) ->
     assert model.linear is not None
     odd = dataclasses.replace(model, linear=dataclasses.replace(model.linear, **change))
     with pytest.raises(UnsupportedModel, match="key heads of"):
-        blocks.check(odd, parse("w16"))
+        limits.check(odd, parse("w16"))
 
 
 def test_rows_that_fill_no_whole_block_are_refused_with_the_tensor() -> None:
     narrow = shape("3", ffn=100)
     with pytest.raises(UsageFault, match=r"100 inputs of model\.layers\.0\.mlp\.down_proj\.weight"):
-        blocks.check(narrow, parse("w4g32-e8-rtn"))
-    blocks.check(narrow, parse("w16"))
+        limits.check(narrow, parse("w4g32-e8-rtn"))
+    limits.check(narrow, parse("w16"))
 
 
 def test_value_heads_that_split_a_block_are_refused_where_they_change_places() -> None:
@@ -124,6 +124,6 @@ def test_value_heads_that_split_a_block_are_refused_where_they_change_places() -
         model, linear=dataclasses.replace(model.linear, value_heads=8, key_head_dim=16, value_head_dim=16)
     )
     with pytest.raises(UsageFault, match=r"value heads of 16 split the blocks of model\.layers\.0\.linear_attn\.out"):
-        blocks.check(odd, parse("w4g32-e8-rtn"))
+        limits.check(odd, parse("w4g32-e8-rtn"))
     same = dataclasses.replace(odd, linear=dataclasses.replace(model.linear, key_heads=8, value_heads=8))
-    blocks.check(same, parse("w4g32-e8-rtn"))
+    limits.check(same, parse("w4g32-e8-rtn"))

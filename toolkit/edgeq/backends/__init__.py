@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from edgeq import data
-from edgeq.backends.base import Backend
 from edgeq.errors import UsageFault
+
+if TYPE_CHECKING:
+    from edgeq.backends.base import Backend
 
 _MODULES = {
     "onnx": "edgeq.backends.onnx",
@@ -29,4 +31,4 @@ def get(name: str) -> Backend:
     name = canonical(name)
     if name not in _MODULES:
         raise UsageFault(f"{name!r} is not a backend", why=data.near(name, NAMES))
-    return cast(Backend, importlib.import_module(_MODULES[name]))
+    return cast("Backend", importlib.import_module(_MODULES[name]))

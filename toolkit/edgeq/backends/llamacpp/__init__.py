@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgeq.backends.base import Job, Session
-from edgeq.backends.llamacpp import blocks, install
+from edgeq.backends.llamacpp import install, limits
 from edgeq.bundle import Bundle
 from edgeq.errors import MissingTool
 from edgeq.model import Model
 from edgeq.recipe import Recipe
 from edgeq.target import Target
+
+if TYPE_CHECKING:
+    from edgeq.backends.base import Job, Session
 
 ENGINE = ("llama-cpp-python",)
 MIXED = ("q2_k", "q3_k", "iq4_xs", "q4_k", "w4g32", "q5_k", "q6_k", "w8g32")
@@ -47,10 +50,8 @@ def beside_bytes(job: Job) -> int:
 
 def check(model: Model, recipe: Recipe) -> None:
     """Raise UsageFault when GGML's blocks cannot hold a recipe, UnsupportedModel for what llama.cpp cannot load."""
-    from edgeq.backends.llamacpp import gguf
-
-    blocks.check(model, recipe)
-    gguf.full_attention_interval(model)
+    limits.check(model, recipe)
+    limits.full_attention_interval(model)
 
 
 def tools(target: Target) -> tuple[str, ...]:

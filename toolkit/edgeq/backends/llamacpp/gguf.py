@@ -17,8 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.backends.base import Job
-from edgeq.backends.llamacpp import blocks, head, tensors, vocabulary
-from edgeq.errors import UnsupportedModel
+from edgeq.backends.llamacpp import blocks, head, limits, tensors, vocabulary
 from edgeq.model import Model
 from edgeq.quantize.solve import PIECE, as_float, float_type
 from edgeq.size import is_quantized, layout_of
@@ -60,7 +59,7 @@ def _write_header(job: Job, path: Path) -> int:
 
     logging.getLogger("gguf").setLevel(logging.WARNING)
     model = job.checkpoint.model
-    blocks.check(model, job.recipe)
+    limits.check(model, job.recipe)
     writer = gguf.GGUFWriter(path, _ARCHITECTURES[model.generation])
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_size_label(_size_label(model))
@@ -118,7 +117,7 @@ def _add_shape(writer: Any, model: Model, heads: int) -> None:
         return
     writer.add_rope_dimension_count(int(model.head_dim * model.rope["partial_rotary_factor"]))
     writer.add_rope_dimension_sections([*model.rope["mrope_section"], 0])
-    writer.add_full_attention_interval(full_attention_interval(model))
+    writer.add_full_attention_interval(limits.full_attention_interval(model))
     writer.add_ssm_conv_kernel(model.linear.conv_kernel)
     writer.add_ssm_state_size(model.linear.key_head_dim)
     writer.add_ssm_group_count(model.linear.key_heads)
@@ -130,25 +129,6 @@ def _size_label(model: Model) -> str:
     """Parameters as people write them: 600M, 1.7B."""
     billions = model.parameters / 1e9
     return f"{billions:.1f}B" if billions >= 1 else f"{billions * 1e3:.0f}M"
-
-
-def full_attention_interval(model: Model) -> int:
-    """Distance between layers of full attention; raises UnsupportedModel for any other pattern."""
-    if len(set(model.layer_types)) == 1 and model.linear:
-        raise UnsupportedModel(
-            f"config.json: all {model.layers} layers are of one kind, {model.layer_types[0]}",
-            why="llama.cpp runs Qwen3.5 with layers of both kinds only.",
-            run="edgeq build ... --backend onnx",
-        )
-    interval = model.layer_types.index("full_attention") + 1
-    expected = ["linear_attention" if (n + 1) % interval else "full_attention" for n in range(model.layers)]
-    if expected != list(model.layer_types):
-        raise UnsupportedModel(
-            f"config.json: full attention is not every {interval}th layer",
-            why="llama.cpp runs regular patterns of layers only.",
-            run="edgeq build ... --backend onnx",
-        )
-    return interval
 
 
 def _add_tokenizer(writer: Any, job: Job) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq.backends.base import Job
-from edgeq.backends.llamacpp import blocks, tensors
+from edgeq.backends.llamacpp import blocks, limits, tensors
 from edgeq.errors import CorruptInput
 from edgeq.model import Model
 from edgeq.quantize import rtn
@@ -50,4 +50,4 @@ def stored(job: Job, name: str) -> Iterator[NDArray[Any]]:
     elif job.recipe.body.is_float:
         yield as_float(job.checkpoint, job.recipe, name, values)
     else:
-        yield blocks.pack(Solution(name, 8, blocks.BLOCK, *rtn.quantize(values, 8, blocks.BLOCK)))
+        yield blocks.pack(Solution(name, 8, limits.BLOCK, *rtn.quantize(values, 8, limits.BLOCK)))

@@ -6,10 +6,9 @@ import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeq import size
-from edgeq.backends.base import Job, Session
-from edgeq.backends.mlc import checks, library, official
 from edgeq.bundle import Bundle, Compiled
 from edgeq.errors import MissingTool, UsageFault
 from edgeq.machine import physical_cores, this_machine
@@ -17,8 +16,13 @@ from edgeq.model import Model, read_config
 from edgeq.recipe import Recipe, plain
 from edgeq.target import Target
 
+if TYPE_CHECKING:
+    from edgeq.backends.base import Job, Session
+
 ENGINE = ("apache-tvm", "apache-tvm-ffi")
 MIXED: tuple[str, ...] = ()
+OFFICIAL_PYTHON = "EDGEQ_MLC_PYTHON"
+"""Environment variable that names the Python of an official compiler, which then compiles."""
 
 
 def provider(target: Target) -> str:
@@ -53,12 +57,16 @@ def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001
             f"{recipe}: the mlc backend keeps keys and values in float32 or float16",
             run=f"edgeq build ... --recipe {str(recipe).rpartition('-')[0]}-kv16",
         )
-    if os.environ.get(official.VARIABLE):
+    if os.environ.get(OFFICIAL_PYTHON):
+        from edgeq.backends.mlc import official
+
         official.quantization(recipe)
 
 
 def tools(target: Target) -> tuple[str, ...]:
     """Names and versions of what compiles, and of the TVM that runs the gate; raises MissingTool when one is absent."""
+    from edgeq.backends.mlc import library, official
+
     found = (*_versions(), library.linker())
     return (*found, official.find(official.without(target)).version) if official.is_chosen(target) else found
 
@@ -69,6 +77,8 @@ def build(job: Job, out: Path) -> Compiled:
     Raises BackendFault when a compiler fails or refuses a kernel, or the code wants another size of weights or cache
     than was planned; MissingTool when nothing here links for the target.
     """
+    from edgeq.backends.mlc import official
+
     if official.is_chosen(job.target):
         return official.build(job, out)
     from edgeq.backends.mlc import built_in
@@ -87,7 +97,7 @@ def load(folder: Path, bundle: Bundle) -> Session:
     os.environ.setdefault("TVM_NUM_THREADS", str(physical_cores()))
     import tvm
 
-    from edgeq.backends.mlc import built_in, devices, kernels, official_weights, report
+    from edgeq.backends.mlc import built_in, devices, kernels, library, official_weights, report
     from edgeq.backends.mlc.session import MlcSession
 
     made, path = report.read(folder), library.find(folder)
@@ -108,6 +118,8 @@ def load(folder: Path, bundle: Bundle) -> Session:
 
 def _versions() -> tuple[str, ...]:
     """Names and versions of TVM's packages; raises MissingTool when one is absent or another than edgeq's."""
+    from edgeq.backends.mlc import checks
+
     found = {name: checks.version(name) for name in ENGINE}
     pins = checks.pinned()
     for name, version in found.items():

@@ -19,21 +19,21 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from edgeq.backends.base import Job
-from edgeq.backends.mlc import devices, official_weights, tensor_cache
+from edgeq.backends.mlc import OFFICIAL_PYTHON, devices
 from edgeq.backends.mlc.library import file_name, link_command, require
-from edgeq.backends.mlc.official_weights import DTYPES, Parameters
 from edgeq.bundle import Compiled, MemoryPlan
 from edgeq.errors import BackendFault, BackendKilled, MissingTool, UnsupportedModel, UsageFault
 from edgeq.model import Model
 from edgeq.recipe import Recipe
 from edgeq.target import Target
 
-VARIABLE = "EDGEQ_MLC_PYTHON"
+if TYPE_CHECKING:
+    from edgeq.backends.base import Job
+    from edgeq.backends.mlc.official_weights import Parameters
+
+VARIABLE = OFFICIAL_PYTHON
 """Environment variable: a Python that has mlc_llm, whose packages bring a TVM of their own."""
 BUILT_IN = "the built-in compiler: pip install 'edgeq[tvm]'"
 INSTALL = (
@@ -87,7 +87,8 @@ def is_chosen(target: Target) -> bool:
 
 def build(job: Job, out: Path) -> Compiled:
     """Write library, weights and report into `out`; raises as `find`, `quantization` and `compile_library` do."""
-    from edgeq.backends.mlc import report
+    from edgeq.backends.mlc import official_weights, report
+    from edgeq.backends.mlc.official_weights import DTYPES
 
     target, wanted = job.target, quantization(job.recipe)
     path = out / file_name(target.host)
@@ -189,6 +190,8 @@ def compile_library(
     Raises MissingTool without a linker for the host, BackendFault when the compiler fails or makes something else than
     was asked for, BackendKilled when it takes longer or is killed.
     """
+    from edgeq.backends.mlc import official_weights
+
     with tempfile.TemporaryDirectory(prefix="edgeq-mlc-") as folder:
         scratch = Path(folder)
         environment = _linker(host, scratch)
@@ -218,6 +221,10 @@ def compile_library(
 
 def memory(library: Path, host: str) -> MemoryPlan:
     """Memory that a library's code wants, as it says itself; its caches and states from the shapes that it names."""
+    import numpy as np
+
+    from edgeq.backends.mlc.official_weights import DTYPES
+
     told = describe(library, host)
     try:
         cache = told["kv_cache"]
@@ -257,6 +264,8 @@ def check(folder: Path, library: Path, host: str) -> None:
 
     Raises what `describe` raises, CorruptInput for damaged weights, BackendFault for those of another library.
     """
+    from edgeq.backends.mlc import tensor_cache
+
     wanted = _parameters(describe(library, host))
     tensor_cache.check(folder)
     held = {name: (tuple(each["shape"]), each["dtype"]) for name, each in tensor_cache.records(folder).items()}

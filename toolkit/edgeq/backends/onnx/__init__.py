@@ -6,18 +6,21 @@ import contextlib
 import importlib.metadata
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeq import size
-from edgeq.backends.base import Job, Session
-from edgeq.backends.onnx import keyvalues
 from edgeq.bundle import Bundle
 from edgeq.errors import MissingTool, UsageFault
 from edgeq.model import Model
 from edgeq.recipe import COLUMN, Recipe, plain
 from edgeq.target import Target
 
+if TYPE_CHECKING:
+    from edgeq.backends.base import Job, Session
+
 ENGINE = ("onnxruntime",)
 MIXED = ("w2g64", "w4g128", "w4g64", "w4g32", "w4ag32", "w8g128", "w8g32")
+_SMALL_CACHE_BITS = 8
 _GRAPH_BYTES = 24_000  # of a layer in both graphs
 _BUILD_TOOLS = (*ENGINE, "onnxruntime-genai", "onnx-ir", "transformers", "torch", "numpy", "ml-dtypes")
 
@@ -34,7 +37,7 @@ def scale_bits(recipe: Recipe) -> int:  # noqa: ARG001
 
 def calibrates_cache(recipe: Recipe) -> bool:
     """An 8-bit one: ONNX Runtime reads its scales from the graph."""
-    return recipe.kv_bits == keyvalues.BITS
+    return recipe.kv_bits == _SMALL_CACHE_BITS
 
 
 def beside_bytes(job: Job) -> int:
@@ -89,7 +92,7 @@ def build(job: Job, out: Path) -> None:
     Raises BackendFault for CUDA on a machine whose installed onnxruntime has no kernels for its GPU, UsageFault for an
     8-bit cache on a GPU.
     """
-    from edgeq.backends.onnx import cuda, graph, weights
+    from edgeq.backends.onnx import cuda, graph, keyvalues, weights
 
     small = calibrates_cache(job.recipe)
     if small and provider(job.target) != "cpu":

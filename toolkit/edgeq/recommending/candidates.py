@@ -1,0 +1,237 @@
+"""All candidates for a target: models of the catalogue x recipes of the target x its backends, measured rows first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from edgeq import backends, data, profiles, recipe, size
+from edgeq.catalog import Entry
+from edgeq.errors import UnsupportedModel, UsageFault
+from edgeq.estimating.estimate import PROMPT, Estimate, estimate
+from edgeq.estimating.speed import Range
+from edgeq.model import Model
+from edgeq.profiles import Profile
+from edgeq.recipe import Recipe
+from edgeq.recommending import ordering, quantization
+from edgeq.recommending.document import Candidate, Thinking
+from edgeq.recommending.quantization import Loss
+from edgeq.target import Target
+
+_ANCHOR_BYTES = 100_000_000
+
+Key = tuple[str, str, str]
+"""Model, recipe, backend."""
+
+
+def find(target: Target, context: int, *, recipes: Iterable[str] = (), engines: Iterable[str] = ()) -> list[Candidate]:
+    """Every combination that a backend of the target can hold; `recipes` and `engines` replace the target's own.
+
+    A row that was measured on the target stands in place of its estimate, and its speed scales the estimates of the
+    same backend.
+    """
+    rows = measured_rows(target)
+    anchors = _anchors(rows.values())
+    own = [backends.canonical(name) for name in engines or target.backends]
+    seen = [] if engines else [row.backend for row in rows.values()]
+    found = []
+    for entry in ordering.of_catalogue().entries.values():
+        model = entry.model
+        measured = [] if recipes else [key[1] for key in rows if key[0] == entry.name]
+        wanted = [recipe.parse(name) for name in dict.fromkeys([*(recipes or target.recipes), *measured])]
+        losses = {each: quantization.estimated(model, each) for each in {replace(each, kv_bits=32) for each in wanted}}
+        for backend in dict.fromkeys([*own, *seen]):
+            for each in wanted:
+                loss = losses[replace(each, kv_bits=32)]
+                if row := rows.get((entry.name, str(each), backend)):
+                    found.append(_measured(entry, model, each, row, target, context, loss))
+                elif backend in own and _holds(model, each, backend):
+                    found.append(_estimated(entry, model, each, target, backend, context, anchors.get(backend), loss))
+    found += [_unknown(row, context) for key, row in rows.items() if key[0] not in ordering.of_catalogue().entries]
+    return found
+
+
+def measured_rows(target: Target) -> dict[Key, Profile]:
+    """Valid profiles of a target: shipped ones, then those in `./profiles`, which `edgeq profile --save` writes."""
+    names = {_short(entry.hub): name for name, entry in ordering.of_catalogue().entries.items()}
+    rows = {}
+    for folder in (data.folder("profiles"), Path("profiles")):
+        for path in sorted((folder / target.name).glob("*.json")):
+            row = profiles.read(path)
+            if row.valid:
+                name = names.get(row.model, row.model)
+                rows[name, row.recipe, row.backend] = msgspec.structs.replace(row, model=name)
+    return rows
+
+
+def _short(hub: str) -> str:
+    return hub.rpartition("/")[2].lower()
+
+
+def _anchors(rows: Iterable[Profile]) -> dict[str, Profile]:
+    """For each backend the measured row of the largest catalogue model: small bundles say nothing about bandwidth."""
+    known = [row for row in rows if row.model in ordering.of_catalogue().entries and row.bundle.bytes >= _ANCHOR_BYTES]
+    return {row.backend: row for row in sorted(known, key=lambda row: row.bundle.bytes)}
+
+
+def _holds(model: Model, wanted: Recipe, backend: str) -> bool:
+    """Whether a backend's format has room for a recipe, and its runtime loads the result."""
+    if wanted.mixed or not size.divides(model, wanted):
+        return False
+    try:
+        backends.get(backend).check(model, wanted)
+    except (UsageFault, UnsupportedModel):
+        return False
+    return True
+
+
+def _estimated(
+    entry: Entry,
+    model: Model,
+    wanted: Recipe,
+    target: Target,
+    backend: str,
+    context: int,
+    anchor: Profile | None,
+    loss: Loss,
+) -> Candidate:
+    depth = context // 2
+    found = estimate(model, entry.name, wanted, target, backend, context=context, depth=depth, anchor=anchor)
+    return _candidate(
+        entry,
+        wanted,
+        backend,
+        context=context,
+        depth=depth,
+        weights_bytes=found.weights_bytes,
+        memory_bytes=found.total_bytes,
+        decode=found.decode_tokens_per_s,
+        prefill=found.prefill_tokens_per_s,
+        loss=loss,
+        evidence="estimated",
+        basis=_basis(found),
+    )
+
+
+def _basis(found: Estimate) -> str:
+    reasons = dict.fromkeys(reason for reason in (found.decode_reason, found.prefill_reason) if reason)
+    return "; ".join([found.basis, *reasons])
+
+
+def _measured(
+    entry: Entry, model: Model, wanted: Recipe, row: Profile, target: Target, context: int, estimated: Loss
+) -> Candidate:
+    decode = min(row.decode, key=lambda one: abs(one.depth - context // 2))
+    prefill = min(row.prefill, key=lambda one: (one.depth, abs(one.tokens - PROMPT)))
+    seen = max(decode.depth + decode.tokens, prefill.depth + prefill.tokens)
+    per_token = row.memory.kv_cache_bytes_per_token or model.kv_bytes_per_token(wanted.kv_bits // 8)
+    peak = row.memory.peak_rss_bytes
+    if peak is not None:
+        peak += row.memory.device_peak_bytes or 0
+    loss = quantization.measured(row.accuracy) if row.accuracy else estimated
+    return _candidate(
+        entry,
+        wanted,
+        row.backend,
+        context=context,
+        depth=decode.depth,
+        weights_bytes=row.bundle.bytes,
+        memory_bytes=None if peak is None else peak + per_token * max(0, context - seen),
+        decode=_range(decode.tokens_per_s),
+        prefill=_range(prefill.tokens_per_s),
+        loss=loss,
+        evidence="measured",
+        basis=f"measured on {target.name} with {', '.join(row.tools)}, grade {row.grade}",
+    )
+
+
+def _candidate(
+    entry: Entry,
+    wanted: Recipe,
+    backend: str,
+    *,
+    context: int,
+    depth: int,
+    weights_bytes: int,
+    memory_bytes: int | None,
+    decode: Range | None,
+    prefill: Range | None,
+    loss: Loss,
+    evidence: str,
+    basis: str,
+) -> Candidate:
+    quality = ordering.of_catalogue().quality(entry.name)
+    prompt = min(PROMPT, context)
+    return Candidate(
+        model=entry.name,
+        hub=entry.hub,
+        generation=entry.generation,
+        recipe=str(wanted),
+        backend=backend,
+        context=context,
+        depth=depth,
+        weights_bytes=weights_bytes,
+        memory_bytes=memory_bytes,
+        decode_tokens_per_s=decode,
+        prefill_tokens_per_s=prefill,
+        first_token_s=_seconds(prompt, prefill),
+        quality=quality,
+        loss=loss,
+        score=None if quality is None else quality.score * (1 - loss.value),
+        thinking=_thinking(entry, decode),
+        evidence=evidence,
+        basis=basis,
+        license=entry.license,
+        commercial=entry.commercial,
+    )
+
+
+def _unknown(row: Profile, context: int) -> Candidate:
+    """A measured row of a model that the catalogue does not know: nobody has published what it scores."""
+    decode, prefill = row.decode[0], row.prefill[0]
+    loss = quantization.measured(row.accuracy) if row.accuracy else None
+    return Candidate(
+        model=row.model,
+        hub=None,
+        generation=row.generation,
+        recipe=row.recipe,
+        backend=row.backend,
+        context=context,
+        depth=decode.depth,
+        weights_bytes=row.bundle.bytes,
+        memory_bytes=row.memory.peak_rss_bytes,
+        decode_tokens_per_s=_range(decode.tokens_per_s),
+        prefill_tokens_per_s=_range(prefill.tokens_per_s),
+        first_token_s=None,
+        quality=None,
+        loss=loss or Loss(value=0, low=0, high=1, evidence="none", basis="not measured"),
+        score=None,
+        thinking=None,
+        evidence="measured",
+        basis=f"measured with {', '.join(row.tools)}, grade {row.grade}",
+        license=None,
+        commercial=None,
+    )
+
+
+def _thinking(entry: Entry, decode: Range | None) -> Thinking | None:
+    if entry.thinking == "never":
+        return None
+    direct = next((entry.scores[mode].values for mode in ("non_thinking", "instruct") if mode in entry.scores), {})
+    return Thinking(
+        always=entry.thinking == "always",
+        published=ordering.thinking(entry),
+        direct_score=direct.get(ordering.SCALE),
+        seconds_per_1000_tokens=_seconds(1000, decode),
+    )
+
+
+def _seconds(tokens: int, rate: Range | None) -> Range | None:
+    return None if rate is None else Range(tokens / rate.high, tokens / rate.mid, tokens / rate.low)
+
+
+def _range(spread: profiles.Spread) -> Range:
+    return Range(spread.low, spread.median, spread.high)

@@ -1,0 +1,183 @@
+"""Which model, recipe and backend for a device: candidates, constraints, the front and one choice with its reasons."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import msgspec
+
+from edgeq import detect, recipe
+from edgeq.errors import MissingTool, NothingFits
+from edgeq.estimating.memory import usable_bytes
+from edgeq.recommending import candidates, constraints, front, ordering
+from edgeq.recommending.constraints import Miss
+from edgeq.recommending.document import Candidate, Constraints, Recommendation
+from edgeq.target import Target
+
+CONTEXT = 4096
+_USUAL_SHARE = 0.7  # a laptop's, as targets/x86-laptop-ddr5.toml has it
+
+
+def recommend(
+    target: str,
+    *,
+    context: int | None = None,
+    wanted: Constraints | None = None,
+    recipes: Iterable[str] = (),
+    engines: Iterable[str] = (),
+    largest: int | None = None,
+) -> Recommendation:
+    """Candidates for a target, best first, with the choice or null when none meets all constraints.
+
+    context: tokens that the cache has room for, 4096 when None; half of them are in it when speeds are compared.
+    recipes, engines: instead of the target's own; largest: bytes of weights, above which candidates are left out.
+    Raises UsageFault for unknown words.
+    """
+    wanted = wanted or Constraints()
+    constraints.check(wanted)
+    device, context = detect.resolve(target), context or CONTEXT
+    usable = _room(device)
+    found = front.timed(candidates.find(device, context, recipes=recipes, engines=engines))
+    judged = [
+        (each, constraints.missed(each, wanted, usable))
+        for each in found
+        if largest is None or each.weights_bytes <= largest
+    ]
+    eligible = front.marked([each for each, missed in judged if not missed])
+    rejected = [_rejected(*each) for each in sorted((each for each in judged if each[1]), key=_distance)]
+    choice = front.choose(eligible) if eligible else None
+    if choice is not None:
+        eligible = [_judged(each, choice, eligible) for each in eligible]
+        choice = next(each for each in eligible if each.verdict == "chosen")
+    return Recommendation(
+        target=device.name,
+        context=context,
+        constraints=wanted,
+        choice=choice,
+        closest=None if choice or not rejected else rejected[0],
+        excluded=dict(Counter(miss.constraint for _, missed in judged for miss in missed).most_common()),
+        rule=front.RULE,
+        notes=_notes(found, wanted, device),
+        candidates=(*sorted(eligible, key=_place), *rejected),
+    )
+
+
+def for_build(
+    target: str,
+    *,
+    recipe_name: str = "auto",
+    backend: str = "auto",
+    context: int | None = None,
+    max_size: int | None = None,
+) -> Candidate:
+    """The choice among what can be built on this machine, of `max_size` bytes of weights at most.
+
+    Raises NothingFits when there is none, MissingTool when no backend of the target builds here.
+    """
+    states = detect.usable_backends(detect.resolve(target)) if backend == "auto" else ()
+    if backend == "auto" and not any(state.builds for state in states):
+        raise MissingTool(
+            f"no backend of {target} can build here",
+            why="; ".join(f"{state.name}: {state.reason}" for state in states),
+            run=f"edgeq doctor --target {target}",
+        )
+    found = recommend(
+        target,
+        context=context,
+        recipes=() if recipe_name == "auto" or recipe.parse(recipe_name).mixed else (recipe_name,),
+        engines=[state.name for state in states if state.builds] or [backend],
+        largest=max_size,
+    )
+    return require(found)
+
+
+def require(found: Recommendation) -> Candidate:
+    """The choice; raises NothingFits with the constraint that excluded most and the closest miss."""
+    if found.choice is not None:
+        return found.choice
+    if not found.candidates:
+        raise NothingFits(
+            f"no backend of {found.target} holds any of these recipes", run=f"edgeq targets show {found.target}"
+        )
+    name, count = max(found.excluded.items(), key=lambda item: item[1])
+    total = len(found.candidates)
+    raise NothingFits(
+        f"none of {total} candidates for {found.target} meets all constraints: {name} excluded most, {count}",
+        why=f"The closest miss is {found.closest.title}: {'; '.join(found.closest.reasons)}." if found.closest else "",
+        run=_remedy(found),
+    )
+
+
+def _remedy(found: Recommendation) -> str:
+    """The command whose constraints the closest miss meets."""
+    closest = found.closest
+    words = [_relaxed(name, closest, found.context) for name in closest.excluded_by] if closest else []
+    return " ".join(["edgeq recommend ...", *words])
+
+
+def _relaxed(constraint: str, closest: Candidate, context: int) -> str:
+    """The option that a candidate meets in place of the one that it misses."""
+    speed, wait, memory = closest.decode_tokens_per_s, closest.first_token_s, closest.memory_bytes or 0
+    if constraint == "min-tps" and speed:
+        return f"--min-tps {speed.low - 0.05:.1f}"
+    if constraint == "max-ttft" and wait:
+        return f"--max-ttft {wait.high + 0.05:.1f}"
+    if constraint == "max-loss":
+        return f"--max-loss {closest.loss.high + 0.0005:.3f}"
+    if constraint == "max-memory":
+        return f"--max-memory {memory * constraints.MEMORY_ERROR / 1e9 + 0.05:.1f}GB"
+    if constraint == "memory":
+        unknown = any("unknown" in reason for reason in closest.reasons)
+        return "--max-memory 8GB" if unknown else f"--context {max(context // 4, 512)}"
+    if constraint == "context":
+        return f"--context {ordering.of_catalogue().entries[closest.model].context}"
+    return f"without --{constraint}"
+
+
+def _judged(each: Candidate, choice: Candidate, eligible: list[Candidate]) -> Candidate:
+    if each == choice:
+        return msgspec.structs.replace(each, verdict="chosen", reasons=front.why_chosen(each, eligible))
+    return msgspec.structs.replace(each, verdict="eligible", reasons=(front.why_lost(each, choice, eligible),))
+
+
+def _rejected(each: Candidate, missed: list[Miss]) -> Candidate:
+    return msgspec.structs.replace(
+        each,
+        excluded_by=tuple(miss.constraint for miss in missed),
+        reasons=tuple(miss.reason for miss in missed),
+    )
+
+
+def _distance(judged: tuple[Candidate, list[Miss]]) -> tuple[bool, int, float, int, float]:
+    """How far a candidate is from what is wanted: by how many constraints, by the largest factor, by its size."""
+    candidate, missed = judged
+    factor = max(miss.factor for miss in missed)
+    return factor == constraints.NEVER, len(missed), factor, candidate.memory_bytes or 0, -(candidate.score or 0.0)
+
+
+def _place(each: Candidate) -> tuple[bool, bool, bool, bool, float]:
+    """Order of eligible candidates: the choice, measured before estimated, the front by quality, others by balance."""
+    worth = (each.score or 0.0) if each.front else front.balance(each)
+    return each.verdict != "chosen", each.evidence != "measured", not each.front, not each.considered, -worth
+
+
+def _room(device: Target) -> int | None:
+    """Bytes that a model may take: what the target says, a usual share where it knows its size alone."""
+    total = device.memory.total_bytes
+    return usable_bytes(device) or (int(total.value * _USUAL_SHARE) if total else None)
+
+
+def _notes(found: list[Candidate], wanted: Constraints, device: Target) -> tuple[str, ...]:
+    notes = []
+    if device.memory.total_bytes and not device.memory.usable_share:
+        notes.append(f"what share of its memory is free for a model is not known: {_USUAL_SHARE:.0%} is assumed")
+    if {"vision", "video"} & set(wanted.capability):
+        notes.append("edgeq builds the text model alone: the vision tower is left out of memory and speed")
+    if not any(each.decode_tokens_per_s and each.quality for each in found):
+        notes.append("no speed is known here, so the choice is a cautious one; edgeq profile --save on it measures")
+    if not any(each.evidence == "measured" and each.quality for each in found):
+        notes.append(
+            "nothing was measured on this target: all figures are estimates; edgeq profile --save replaces them"
+        )
+    return tuple(notes)
