@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from io import StringIO
+
 import msgspec
+from rich.console import Console
 
 from edgeq import tables
 from edgeq.profiles import Speculation
 from edgeq.profiling import statistics
+from edgeq.recommending.document import Constraints, Recommendation
+from recommended import candidate
 
 
 def test_speculation_is_a_row_of_its_own_with_plain_decoding_beside_it() -> None:
@@ -17,3 +22,32 @@ def test_speculation_is_a_row_of_its_own_with_plain_decoding_beside_it() -> None
     assert tables._speculation(differing).endswith(
         "a step; 25% of the continuations differ; 1 of 4 continuations were undisturbed"
     )
+
+
+def test_a_recommendation_shows_estimates_with_a_tilde_and_measured_figures_without() -> None:
+    choice = candidate(evidence="measured", verdict="chosen", front=True, reasons=("best of all",), answer_s=14.0)
+    guess = candidate(
+        "qwen3-1.7b", score=60, tps=40, memory=2 << 30, verdict="eligible", reasons=("slower",), answer_s=7.0
+    )
+    document = Recommendation(
+        target="somewhere",
+        context=4096,
+        constraints=Constraints(),
+        choice=choice,
+        closest=None,
+        excluded={},
+        rule="the rule",
+        notes=("a note",),
+        candidates=(choice, guess, msgspec.structs.replace(guess, backend="mlc")),
+    )
+    console = Console(width=200, record=True, file=StringIO())
+    console.print(tables.recommendation(document))
+    lines = console.export_text().splitlines()
+    (first,) = (line for line in lines if line.startswith("*"))
+    assert "3.00 GiB" in first
+    assert "20.0 [16.0, 25.0]" in first
+    assert "~3.00" not in first
+    assert any("~2.00 GiB" in line and "~40.0 [32.0, 50.0]" in line for line in lines)
+    assert "  qwen3-1.7b w4g32-e8-rtn llamacpp: slower" in map(str.rstrip, lines)
+    assert any(line.startswith("  1 other recipes and backends") for line in lines)
+    assert lines[-1].strip() == "chosen is the rule"
