@@ -8,9 +8,10 @@ import msgspec
 
 from edgeq import detect, profiles, recipe, size, sources
 from edgeq.errors import UsageFault
-from edgeq.estimating import formats, rates
+from edgeq.estimating import anchors, formats, rates
 from edgeq.estimating.estimate import Estimate, estimate
 from edgeq.model import Model
+from edgeq.profiles import Profile
 from edgeq.recipe import Recipe
 from edgeq.target import Target
 
@@ -32,7 +33,8 @@ def ask(
     """Estimate of a model by name, hub id or folder with a `config.json`; of a hub id only that file is fetched.
 
     recipe_name: also the name of a published quantization such as Q4_K_M; auto: the target's best that the backend
-    holds. backend: also a runtime with published figures; auto: the target's first. anchor: file of a profile.
+    holds. backend: also a runtime with published figures; auto: the target's first. anchor: file of a
+    profile, else the largest model that was measured on the target is taken.
     Raises UsageFault for unknown words and what `sources.configured`, `profiles.read` and `estimate` raise.
     """
     device = detect.resolve(target)
@@ -57,9 +59,13 @@ def ask(
         context=tokens,
         depth=depth,
         weights_bytes=published if weights_bytes is None else weights_bytes,
-        anchor=None if anchor is None else profiles.read(anchor),
+        anchor=profiles.read(anchor) if anchor else _anchor(device, runtime),
     )
     return msgspec.structs.replace(found, recipe=recipe_name) if published else found
+
+
+def _anchor(target: Target, runtime: str) -> Profile | None:
+    return anchors.by_backend(anchors.measured_rows(target).values()).get(runtime)
 
 
 def _recipe(shape: Model, target: Target, runtime: str, name: str) -> Recipe:
