@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from edgeq import detect, profiles, recipe, size, sources
+from edgeq import backends, detect, profiles, recipe, size, sources
 from edgeq.errors import UsageFault
 from edgeq.estimating import anchors, formats, rates
 from edgeq.estimating.estimate import Estimate, estimate
@@ -33,8 +33,9 @@ def ask(
     """Estimate of a model by name, hub id or folder with a `config.json`; of a hub id only that file is fetched.
 
     recipe_name: also the name of a published quantization such as Q4_K_M; auto: the target's best that the backend
-    holds. backend: also a runtime with published figures; auto: the target's first. anchor: file of a
-    profile, else the largest model that was measured on the target is taken.
+    holds, for a file of `weights_bytes` what has its bits, for other runtimes a usual one. backend: also a runtime with
+    published figures; auto: the target's first. anchor: file of a profile, else the largest model that was measured on
+    the target is taken.
     Raises UsageFault for unknown words and what `sources.configured`, `profiles.read` and `estimate` raise.
     """
     device = detect.resolve(target)
@@ -46,10 +47,15 @@ def ask(
             f"--context {tokens} with --depth {depth} is not possible",
             why=f"{name} has {shape.context} tokens of context at most, and --depth is within --context.",
         )
-    published = None if recipe_name == "auto" else formats.weight_bytes(shape, recipe_name)
-    wanted = (
-        recipe.parse(formats.recipe_like(recipe_name)) if published else _recipe(shape, device, runtime, recipe_name)
-    )
+    if recipe_name == "auto" and weights_bytes is None and runtime not in backends.NAMES:
+        recipe_name = formats.usual(runtime)
+    published = formats.weight_bytes(shape, recipe_name)
+    if published:
+        wanted = recipe.parse(formats.recipe_like(recipe_name))
+    elif recipe_name == "auto" and weights_bytes is not None:
+        wanted = recipe.parse(formats.recipe_like(formats.name_of_size(shape, weights_bytes)))
+    else:
+        wanted = _recipe(shape, device, runtime, recipe_name)
     found = estimate(
         shape,
         name,
