@@ -116,7 +116,7 @@ def _answerable(row: Row) -> bool:
 
 @pytest.mark.parametrize(
     "row",
-    filter(_answerable, published.read().rows),
+    [row for row in published.read().rows if _answerable(row)],
     ids=lambda row: f"{row.host}-{row.runtime}-{row.model}-{row.quantization}-{row.depth}",
 )
 def test_published_figures_are_near_the_interval_that_people_are_shown(row: Row) -> None:
