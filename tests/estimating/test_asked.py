@@ -73,6 +73,7 @@ def test_auto_takes_what_the_backend_holds() -> None:
         ({"context": 100, "depth": 200}, "is not possible"),
         ({"backend": "tensorflow"}, "neither a backend"),
         ({"recipe_name": "w5g32"}, "is not a recipe"),
+        ({"anchor": Path("nowhere.json")}, "no such profile"),
     ],
 )
 def test_impossible_questions(options: dict[str, object], message: str) -> None:

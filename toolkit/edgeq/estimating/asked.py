@@ -6,7 +6,7 @@ from pathlib import Path
 
 import msgspec
 
-from edgeq import backends, detect, profiles, recipe, size, sources
+from edgeq import backends, data, detect, profiles, recipe, size, sources
 from edgeq.errors import UsageFault
 from edgeq.estimating import anchors, formats, rates
 from edgeq.estimating.estimate import Estimate, estimate
@@ -65,13 +65,19 @@ def ask(
         context=tokens,
         depth=depth,
         weights_bytes=published if weights_bytes is None else weights_bytes,
-        anchor=profiles.read(anchor) if anchor else _anchor(device, runtime),
+        anchor=_anchor(device, runtime) if anchor is None else _read(anchor),
     )
     return msgspec.structs.replace(found, recipe=recipe_name) if published else found
 
 
 def _anchor(target: Target, runtime: str) -> Profile | None:
     return anchors.by_backend(anchors.measured_rows(target).values()).get(runtime)
+
+
+def _read(path: Path) -> Profile:
+    if not path.is_file():
+        raise UsageFault(f"{data.readable(path)}: no such profile", run="edgeq profile BUNDLE --save")
+    return profiles.read(path)
 
 
 def _recipe(shape: Model, target: Target, runtime: str, name: str) -> Recipe:
