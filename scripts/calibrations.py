@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 from edgeq import data, target
 from edgeq.estimating import published
+from edgeq.estimating.published import Row, processor
 from edgeq.estimating.rates import ANY, api_of
 from edgeq.estimating.speed import NINETY, Rate
 from edgeq.target import Target
@@ -34,8 +34,10 @@ def peak(host: str, api: str) -> float | None:
 
 def rates() -> Rates:
     """The model of the shipped figures, with every place that is written down."""
+    found = published.read()
     wanted = [place for name in target.names() for place in places(target.load(name)).values()]
-    return Rates(published.read(), [*wanted, *_combinations()], peak)
+    likes = [(host, api, each.like) for host, api, name in wanted if (each := found.relation(api, name))]
+    return Rates(found, [*wanted, *likes, *_combinations()], peak)
 
 
 def rates_of_rows() -> Rates:
@@ -44,15 +46,27 @@ def rates_of_rows() -> Rates:
 
 
 def places(device: Target) -> dict[str, Place]:
-    """Place of each runtime that a target is calibrated for: edgeq's backends there, and those with figures."""
-    rows = [row for row in published.read().rows if row.host == device.name]
-    names = sorted({*(name for name in BACKENDS if name in device.backends), *(row.runtime for row in rows)})
+    """Place of each runtime that a target is calibrated for: edgeq's backends, and those with figures of its family.
+
+    The API is the target's, unless figures of the device itself are of others alone; that of the figures otherwise.
+    """
     if device.memory.bandwidth_bytes_per_s is None:
         return {}
-    return {
-        name: (device.name, _api(device, name, [row.api for row in rows if row.runtime == name]), name)
-        for name in names
-    }
+    alike = [row for row in published.read().rows if _alike(row, device.name)]
+    found: dict[str, Place] = {}
+    for runtime in sorted({*(name for name in BACKENDS if name in device.backends), *(row.runtime for row in alike)}):
+        own = {row.api for row in alike if row.runtime == runtime and row.host == device.name}
+        if runtime not in BACKENDS:
+            own = own or {row.api for row in alike if row.runtime == runtime}
+        usual = api_of(device, runtime)
+        found[runtime] = (device.name, usual if usual in own or not own else min(own), runtime)
+    return found
+
+
+def _alike(row: Row, host: str) -> bool:
+    """Whether a row is of a host or of its processor's family."""
+    family = published.read().family(host, processor(row.api))
+    return row.host == host or (family is not None and family == published.read().family(row.host, processor(row.api)))
 
 
 def files(found: Rates) -> dict[Path, str]:
@@ -60,7 +74,12 @@ def files(found: Rates) -> dict[Path, str]:
     fit, compute = found.fit(found.fitted), found.fit_compute(found.fitted)
 
     def table(head: str, place: Place) -> str:
-        return _table(head, found.rate(fit, compute, place, _source(found, place)))
+        host, api, runtime = place
+        if (relation := found.published.relation(api, runtime)) is None:
+            return _table(head, found.rate(fit, compute, place, _source(found, place)))
+        like = (host, api, relation.like)
+        source = f"{_source(found, like)}; {runtime} x {relation.decode}, measured beside it: {relation.source}"
+        return _table(head, found.rate(fit, compute, like).scaled(relation.decode, relation.prefill, source))
 
     texts = {}
     for name in target.names():
@@ -108,12 +127,6 @@ def _combinations() -> tuple[Place, ...]:
         runtimes = {row.runtime for row in rows if row.api == api} | {*BACKENDS, ANY}
         found += [("", api, runtime) for runtime in sorted(runtimes)]
     return (*found, *(("", ANY, runtime) for runtime in sorted({row.runtime for row in rows} | {*BACKENDS, ANY})))
-
-
-def _api(device: Target, runtime: str, measured: Iterable[str]) -> str:
-    """API of a runtime's calibration: the target's, unless figures are of others alone."""
-    usual, seen = api_of(device, runtime), sorted(set(measured))
-    return usual if usual in seen or not seen else seen[0]
 
 
 def _source(found: Rates, place: Place) -> str:

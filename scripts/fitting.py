@@ -4,7 +4,7 @@ The logit of eta and the logarithm of layer_s are each a sum of effects: of all,
 runtime, of the family of processors, of the device, and of a runtime on a device. Each effect has a normal prior around
 0, so that what few figures say is shrunk towards what is alike. Errors of ln(seconds) follow Student's t with three
 degrees of freedom, which single odd rows pull on little. The posterior's mode is found by reweighted Gauss-Newton
-steps, its covariance is the inverse of the curvature there (Laplace's approximation).
+steps, its covariance is that of the last one (Laplace's approximation).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CENTRE = {"eta": 1.0, "layer": math.log(8e-5), "compute": math.log(0.35), "cache
 SHARE_SD = {"cache": 0.5, "k_quant": 0.3}
 PREFILL_NOISE = 0.25
 _FREEDOM = 3
-_ROUNDS, _LARGEST_STEP, _DONE = 60, 0.7, 1e-6
+_ROUNDS, _LARGEST_STEP, _DAMPING, _DONE = 100, 0.7, 0.5, 1e-4  # whole steps circle around the mode
 
 
 def effects(place: Place, published: Published) -> list[tuple[str, str]]:
@@ -132,33 +132,29 @@ class Rates:
 
     def fit(self, used: Floats) -> Fit:
         """Posterior of the rows that `used` is 1 for; the others count for nothing."""
-        centre, precision = np.array(self.index.centre), np.diag(1 / np.array(self.index.deviation) ** 2)
-        mode, curvature = centre.copy(), precision
+        rows = used > 0
+        mode = np.array(self.index.centre)
         for _ in range(_ROUNDS):
             total, slopes = self.seconds(mode)
             missed = self.log_s - np.log(total)
-            weight = used * (_FREEDOM + 1) / (_FREEDOM + (missed / self.noise) ** 2) / self.noise**2
-            curvature = slopes.T @ (weight[:, None] * slopes) + precision
-            step = np.linalg.solve(curvature, slopes.T @ (weight * missed) - precision @ (mode - centre))
+            variance = (_FREEDOM + (missed / self.noise) ** 2) / (_FREEDOM + 1) * self.noise**2
+            found = _normal(self.index, slopes[rows], (missed + slopes @ mode)[rows], variance[rows])
+            step = found.mode - mode
             largest = float(np.abs(step).max())
-            mode = mode + step * min(1.0, _LARGEST_STEP / largest)
+            mode = mode + step * min(_DAMPING, _LARGEST_STEP / largest)
             if largest < _DONE:
                 break
-        return Fit(mode, _inverse(curvature))
+        return Fit(mode, found.covariance)
 
     def fit_compute(self, used: Floats) -> Fit:
         """Posterior of ln(compute), which is linear."""
-        precision = np.diag(1 / np.array(self.compute.deviation) ** 2)
-        centre = np.array(self.compute.centre)
-        curvature, pull = precision.copy(), precision @ centre
-        for row, peak, weight in zip(self.rows, self.peaks, used, strict=True):
-            if peak is None or row.prefill_flop_per_s is None:
-                continue
-            vector = self._vector(self.compute, "", place_of(row))
-            curvature += weight * np.outer(vector, vector) / PREFILL_NOISE**2
-            pull += weight * vector * math.log(row.prefill_flop_per_s / peak) / PREFILL_NOISE**2
-        covariance = _inverse(curvature)
-        return Fit(covariance @ pull, covariance)
+        known = [
+            (self._vector(self.compute, "", place_of(row)), math.log(row.prefill_flop_per_s / peak))
+            for row, peak, weight in zip(self.rows, self.peaks, used, strict=True)
+            if weight and peak and row.prefill_flop_per_s
+        ]
+        vectors, values = (np.array(part) for part in zip(*known, strict=True))
+        return _normal(self.compute, vectors, values, np.full(len(known), PREFILL_NOISE**2))
 
     def rate(self, fit: Fit, compute: Fit, place: Place, source: str = "") -> Rate:
         """What the fit says of one place."""
@@ -244,8 +240,16 @@ def moved(row: Row) -> Moved:
     return Moved(row.weights_bytes, row.state_bytes, row.mean_kv_bytes, is_k_quant(row.quantization))
 
 
-def _inverse(matrix: Floats) -> Floats:
-    return np.asarray(np.linalg.inv(matrix), dtype=np.float64)
+def _normal(index: Index, slopes: Floats, values: Floats, variance: Floats) -> Fit:
+    """Posterior of parameters whose `slopes` times them are `values` with an error of `variance`.
+
+    Solved in the space of the rows, which are fewer than the parameters.
+    """
+    centre, prior = np.array(index.centre), np.array(index.deviation) ** 2
+    spread = slopes * prior
+    gain = np.linalg.solve(spread @ slopes.T + np.diag(variance), spread)
+    mode = centre + gain.T @ (values - slopes @ centre)
+    return Fit(np.asarray(mode, dtype=np.float64), np.asarray(np.diag(prior) - gain.T @ spread, dtype=np.float64))
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -9,21 +9,23 @@ from pathlib import Path
 
 import pytest
 
+import calibrations
 import edgeq
-from edgeq import cli, data
+from edgeq import catalog, cli, data, target
 from edgeq.errors import UsageFault
-from edgeq.estimating import asked
+from edgeq.estimating import asked, published
+from edgeq.estimating.published import Row
 
 PROMISED = """
     model target recipe backend context weights_bytes kv_cache_bytes state_bytes runtime_bytes total_bytes usable_bytes
     fits max_context prefill_tokens_per_s decode_tokens_per_s first_token_s basis
-""".split()
+"""
 
 
 def test_json_has_every_promised_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["estimate", "qwen3.5-4b", "--target", "jetson", "--context", "8k", "--depth", "4k", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(PROMISED) <= set(found)
+    assert set(PROMISED.split()) <= set(found)
     assert (found["target"], found["context"], found["depth"]) == ("jetson-orin-nano-super-8gb", 8192, 4096)
     assert set(found["decode_tokens_per_s"]) == {"low", "mid", "high"}
     parts = ("weights_bytes", "kv_cache_bytes", "state_bytes", "runtime_bytes")
@@ -71,6 +73,7 @@ def test_auto_takes_what_the_backend_holds() -> None:
         ({"context": 100, "depth": 200}, "is not possible"),
         ({"backend": "tensorflow"}, "neither a backend"),
         ({"recipe_name": "w5g32"}, "is not a recipe"),
+        ({"anchor": Path("nowhere.json")}, "no such profile"),
     ],
 )
 def test_impossible_questions(options: dict[str, object], message: str) -> None:
@@ -88,3 +91,45 @@ def test_no_heavy_library_is_imported(words: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_a_file_of_unknown_kind_is_taken_for_what_has_its_bits() -> None:
+    def kind(size: int) -> str:
+        return asked.ask("qwen3-4b", target="pi5", backend="llamacpp", weights_bytes=size).recipe
+
+    assert kind(2_491_081_032) == "q4_k-eq6_k-rtn-kv16"
+    assert kind(2_262_638_304) == "w4g32-e4-rtn-kv16"
+    assert kind(4_273_492_460) == "w8g32-e8-rtn-kv16"
+    assert kind(8_044_936_192) == "f16-kv16"
+
+
+def test_other_runtimes_run_what_they_usually_run() -> None:
+    assert asked.ask("qwen3-4b", target="pi5", backend="ollama").recipe == "Q4_K_M"
+    assert asked.ask("qwen3-4b", target="m4", backend="mlx").recipe == "4bit"
+
+
+def _answerable(row: Row) -> bool:
+    """Whether someone can ask for a row: a model and a target that edgeq knows, and the API of its calibration."""
+    if row.outside or row.model.lower() not in catalog.names() or row.host not in target.names():
+        return False
+    return calibrations.places(target.load(row.host))[row.runtime][1] == row.api
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row for row in published.read().rows if _answerable(row)],
+    ids=lambda row: f"{row.host}-{row.runtime}-{row.model}-{row.quantization}-{row.depth}",
+)
+def test_published_figures_are_near_the_interval_that_people_are_shown(row: Row) -> None:
+    model = catalog.load(row.model).model
+    looked_up = 0.0 if model.tied else model.vocab * model.hidden / model.parameters
+    found = asked.ask(
+        row.model,
+        target=row.host,
+        backend=row.runtime,
+        context=max(4096, row.depth + row.generated),
+        depth=row.depth + row.generated // 2,
+        weights_bytes=int(row.weights_bytes / (1 - looked_up)),
+    ).decode_tokens_per_s
+    assert found is not None
+    assert found.low / 1.2 < row.decode_tokens_per_s < found.high * 1.2

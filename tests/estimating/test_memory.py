@@ -39,7 +39,7 @@ def test_a_tied_table_counts_once() -> None:
     assert memory.table_bytes(tied, FOUR, "llamacpp") == 0
 
 
-@pytest.mark.parametrize("backend", ["onnx", "llamacpp", "mlc", "null"])
+@pytest.mark.parametrize("backend", ["onnx", "llamacpp", "mlc"])
 def test_scales_are_those_of_the_backend(backend: str) -> None:
     from edgeq import backends
 
@@ -75,6 +75,12 @@ def test_what_was_measured_with_mlx() -> None:
     for weights, measured in ((4_273_872_352, 5.25e9), (2_514_042_560, 3.60e9)):
         found = memory.needed(model, FOUR, "mlx", context=2176, weights_bytes=weights).total_bytes
         assert found == pytest.approx(measured, rel=0.1)
+
+
+def test_a_mix_has_the_bits_it_is_made_for() -> None:
+    model = catalog.load("qwen3-4b").model
+    found = memory.needed(model, recipe.parse("mix4.5-guided"), "llamacpp", context=1)
+    assert found.weights_bytes == model.parameters * 4.5 // 8
 
 
 def test_bytes_of_a_file_replace_the_prediction() -> None:

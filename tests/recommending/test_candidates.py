@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from edgeq import backends, catalog, data, profiles, recipe, target
+from edgeq.estimating import anchors
 from edgeq.profiles import Profile
 from edgeq.recommending import candidates
 
@@ -94,7 +95,7 @@ def test_a_measured_row_stands_in_place_of_its_estimate(work: Path) -> None:
 
 def test_a_row_that_is_named_after_the_hub_is_the_catalogues_model(work: Path) -> None:
     save(msgspec.structs.replace(demo_row(), model="qwen2.5-0.5b-instruct", target=JETSON.name))
-    assert list(candidates.measured_rows(JETSON)) == [("qwen2.5-0.5b", "w4g32-e8-rtn", "onnx")]
+    assert list(anchors.measured_rows(JETSON)) == [("qwen2.5-0.5b", "w4g32-e8-rtn", "onnx")]
 
 
 def test_a_measured_recipe_that_is_not_the_targets_is_a_candidate(work: Path) -> None:
@@ -144,7 +145,7 @@ def test_a_large_bundle_of_an_unknown_model_is_no_anchor_and_no_fault(work: Path
 
 def test_what_must_not_be_used_is_not_used(work: Path) -> None:
     save(msgspec.structs.replace(demo_row(), model="qwen3-0.6b", target=JETSON.name, valid=False))
-    assert candidates.measured_rows(JETSON) == {}
+    assert anchors.measured_rows(JETSON) == {}
 
 
 def test_a_measured_model_that_nobody_scored_has_no_quality(work: Path) -> None:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import msgspec
 
-from edgeq import detect, profiles, recipe, size, sources
+from edgeq import backends, data, detect, profiles, recipe, size, sources
 from edgeq.errors import UsageFault
-from edgeq.estimating import formats, rates
+from edgeq.estimating import anchors, formats, rates
 from edgeq.estimating.estimate import Estimate, estimate
 from edgeq.model import Model
+from edgeq.profiles import Profile
 from edgeq.recipe import Recipe
 from edgeq.target import Target
 
@@ -32,7 +33,9 @@ def ask(
     """Estimate of a model by name, hub id or folder with a `config.json`; of a hub id only that file is fetched.
 
     recipe_name: also the name of a published quantization such as Q4_K_M; auto: the target's best that the backend
-    holds. backend: also a runtime with published figures; auto: the target's first. anchor: file of a profile.
+    holds, for a file of `weights_bytes` what has its bits, for other runtimes a usual one. backend: also a runtime with
+    published figures; auto: the target's first. anchor: file of a profile, else the largest model that was measured on
+    the target is taken.
     Raises UsageFault for unknown words and what `sources.configured`, `profiles.read` and `estimate` raise.
     """
     device = detect.resolve(target)
@@ -44,10 +47,15 @@ def ask(
             f"--context {tokens} with --depth {depth} is not possible",
             why=f"{name} has {shape.context} tokens of context at most, and --depth is within --context.",
         )
-    published = None if recipe_name == "auto" else formats.weight_bytes(shape, recipe_name)
-    wanted = (
-        recipe.parse(formats.recipe_like(recipe_name)) if published else _recipe(shape, device, runtime, recipe_name)
-    )
+    if recipe_name == "auto" and weights_bytes is None and runtime not in backends.NAMES:
+        recipe_name = formats.usual(runtime)
+    published = formats.weight_bytes(shape, recipe_name)
+    if published:
+        wanted = recipe.parse(formats.recipe_like(recipe_name))
+    elif recipe_name == "auto" and weights_bytes is not None:
+        wanted = recipe.parse(formats.recipe_like(formats.name_of_size(shape, weights_bytes)))
+    else:
+        wanted = _recipe(shape, device, runtime, recipe_name)
     found = estimate(
         shape,
         name,
@@ -57,9 +65,19 @@ def ask(
         context=tokens,
         depth=depth,
         weights_bytes=published if weights_bytes is None else weights_bytes,
-        anchor=None if anchor is None else profiles.read(anchor),
+        anchor=_anchor(device, runtime) if anchor is None else _read(anchor),
     )
     return msgspec.structs.replace(found, recipe=recipe_name) if published else found
+
+
+def _anchor(target: Target, runtime: str) -> Profile | None:
+    return anchors.by_backend(anchors.measured_rows(target).values()).get(runtime)
+
+
+def _read(path: Path) -> Profile:
+    if not path.is_file():
+        raise UsageFault(f"{data.readable(path)}: no such profile", run="edgeq profile BUNDLE --save")
+    return profiles.read(path)
 
 
 def _recipe(shape: Model, target: Target, runtime: str, name: str) -> Recipe:

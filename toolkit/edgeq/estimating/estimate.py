@@ -10,7 +10,7 @@ import msgspec
 
 from edgeq import size, sources
 from edgeq.errors import UsageFault
-from edgeq.estimating import memory, rates
+from edgeq.estimating import anchors, memory, rates
 from edgeq.estimating.speed import Moved, Range, Rate
 from edgeq.model import Model
 from edgeq.profiles import Profile
@@ -139,7 +139,7 @@ def _checked(anchor: Profile, target: Target, backend: str) -> Profile:
 @functools.cache
 def _shape(name: str) -> Model:
     """Shape of a model that a profile names."""
-    return sources.configured(name, offline=True)[1]
+    return sources.configured(anchors.catalogue_name(name) or name, offline=True)[1]
 
 
 def _fits(found: memory.Needed, target: Target) -> tuple[bool | None, str | None]:

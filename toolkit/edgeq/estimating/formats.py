@@ -25,7 +25,24 @@ _PLAIN = {
 """The same for all matrices. MLX's groups of 64 have a scale and a bias of 16 bits, MLC's groups of 32 a scale."""
 _MIXED = {"q4_k_m": (_Q4_K, _Q5_K)}
 """Bits of most matrices, and of a delta net's joint projection of queries, keys and values."""
+_K_BITS = (4.6, 7.5)  # llama.cpp's K mixes of four to six bits; Q4_0 is below
+_FLOAT_BITS = 12
 NAMES = (*_PLAIN, *_MIXED)
+
+
+def usual(runtime: str) -> str:
+    """What people run with a runtime that edgeq does not build for."""
+    return {"ollama": "Q4_K_M", "rkllm": "8bit"}.get(runtime, "4bit")
+
+
+def name_of_size(model: Model, weights_bytes: int) -> str:
+    """Published quantization that a file of so many bytes is most like, by its bits per weight."""
+    bits = 8 * weights_bytes / model.parameters
+    if bits < _K_BITS[0]:
+        return "q4_0"
+    if bits < _K_BITS[1]:
+        return "q4_k_m"
+    return "q8_0" if bits < _FLOAT_BITS else "bf16"
 
 
 def recipe_like(name: str) -> str:

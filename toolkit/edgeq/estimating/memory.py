@@ -42,14 +42,19 @@ def needed(model: Model, recipe: Recipe, backend: str, *, context: int, weights_
     """
     per_token = cache_bytes_per_token(model, recipe, backend)
     return Needed(
-        weights_bytes=size.weight_bytes(model, recipe, scale_bits(recipe, backend))
-        if weights_bytes is None
-        else weights_bytes,
+        weights_bytes=_weights(model, recipe, backend) if weights_bytes is None else weights_bytes,
         kv_cache_bytes=math.ceil(per_token * context),
         state_bytes=state_bytes(model),
         runtime_bytes=_PROCESS_BYTES + activation_bytes(model, min(CHUNK, context)),
         cache_bytes_per_token=per_token,
     )
+
+
+def _weights(model: Model, recipe: Recipe, backend: str) -> int:
+    """Bytes of the weights; a mix has the bits that it is made for."""
+    if recipe.mixed_bits is not None and not recipe.chosen:
+        return int(model.parameters * recipe.mixed_bits) // 8
+    return size.weight_bytes(model, recipe, scale_bits(recipe, backend))
 
 
 def largest_context(model: Model, found: Needed, usable_bytes: int) -> int:
@@ -66,7 +71,7 @@ def usable_bytes(target: Target) -> int | None:
 
 def scale_bits(recipe: Recipe, backend: str) -> int:
     """Bits that a backend stores for the scale of a plain group: those of its `scale_bits`, 16 for other runtimes."""
-    return {"onnx": 32, "null": 32, "mlc": recipe.kv_bits}.get(backend, 16)
+    return {"onnx": 32, "mlc": recipe.kv_bits}.get(backend, 16)
 
 
 def cache_bytes_per_token(model: Model, recipe: Recipe, backend: str) -> float:

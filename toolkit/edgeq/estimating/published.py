@@ -43,11 +43,26 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
         return self.kv_bytes * (1 + self.generated / 2 / self.depth) if self.depth else 0.0
 
 
+class Relative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Speed of a runtime without figures on an API, as a share of another's on the same processor."""
+
+    api: str
+    runtime: str
+    like: str
+    decode: float
+    prefill: float
+    source: str
+
+
 class Published(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All rows, the bandwidth of hosts that are no targets, and families of devices by processor ("cpu", "gpu")."""
+    """All rows and relations, the bandwidth of hosts that are no targets, and families of devices.
+
+    The latter are by processor, "cpu" or "gpu".
+    """
 
     bandwidth_bytes_per_s: dict[str, int]
     families: dict[str, dict[str, tuple[str, ...]]]
+    relative: tuple[Relative, ...]
     rows: tuple[Row, ...]
 
     def bandwidth(self, host: str) -> float:
@@ -62,6 +77,10 @@ class Published(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def family(self, host: str, processor: str) -> str | None:
         """Family of a host's processor, None for one of its own."""
         return next((name for name, hosts in self.families.get(processor, {}).items() if host in hosts), None)
+
+    def relation(self, api: str, runtime: str) -> Relative | None:
+        """What is known of a runtime on an API beside another runtime."""
+        return next((each for each in self.relative if (each.api, each.runtime) == (api, runtime)), None)
 
 
 @functools.cache

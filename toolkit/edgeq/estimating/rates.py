@@ -43,7 +43,7 @@ def runtimes() -> tuple[str, ...]:
 def canonical(runtime: str) -> str:
     """Name that a runtime's figures are kept under; raises UsageFault for one without any."""
     name = _SPELLINGS.get(runtime.lower(), runtime.lower())
-    if name not in (*runtimes(), "null"):
+    if name not in runtimes():
         raise UsageFault(
             f"{runtime!r} is neither a backend nor a runtime with published figures",
             why=data.near(runtime, runtimes()),

@@ -123,6 +123,16 @@ class Rate:
         left = (covariance - along_eta * along_layer / total) / (eta_sd * layer_sd)
         return replace(found, eta_sd=eta_sd, layer_sd=layer_sd, correlation=max(-1.0, min(1.0, left)))
 
+    def scaled(self, decode: float, prefill: float, source: str) -> Rate:
+        """The rate of what decodes and reads prompts at so much of this one's speed."""
+        return replace(
+            self,
+            logit_eta=logit(self.eta * decode),
+            log_layer_s=self.log_layer_s - math.log(decode),
+            log_compute=self.log_compute + math.log(prefill),
+            source=source,
+        )
+
     def _parts(self, moved: Moved, layers: int, bandwidth: float) -> tuple[float, float, float]:
         """Seconds for weights and states, for the cache, and for layers."""
         reached = bandwidth * self._eta(moved)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 
-import msgspec
-
-from edgeq import backends, data, profiles, recipe, size
+from edgeq import backends, profiles, recipe, size
 from edgeq.catalog import Entry
 from edgeq.errors import UnsupportedModel, UsageFault
+from edgeq.estimating import anchors
 from edgeq.estimating.estimate import PROMPT, Estimate, estimate
 from edgeq.estimating.speed import Range
 from edgeq.model import Model
@@ -21,11 +19,6 @@ from edgeq.recommending.document import Candidate, Thinking
 from edgeq.recommending.quantization import Loss
 from edgeq.target import Target
 
-_ANCHOR_BYTES = 100_000_000
-
-Key = tuple[str, str, str]
-"""Model, recipe, backend."""
-
 
 def find(target: Target, context: int, *, recipes: Iterable[str] = (), engines: Iterable[str] = ()) -> list[Candidate]:
     """Every combination that a backend of the target can hold; `recipes` and `engines` replace the target's own.
@@ -33,8 +26,8 @@ def find(target: Target, context: int, *, recipes: Iterable[str] = (), engines: 
     A row that was measured on the target stands in place of its estimate, and its speed scales the estimates of the
     same backend.
     """
-    rows = measured_rows(target)
-    anchors = _anchors(rows.values())
+    rows = anchors.measured_rows(target)
+    nearest = anchors.by_backend(rows.values())
     own = [backends.canonical(name) for name in engines or target.backends]
     seen = [] if engines else [row.backend for row in rows.values()]
     found = []
@@ -49,32 +42,9 @@ def find(target: Target, context: int, *, recipes: Iterable[str] = (), engines: 
                 if row := rows.get((entry.name, str(each), backend)):
                     found.append(_measured(entry, model, each, row, target, context, loss))
                 elif backend in own and _holds(model, each, backend):
-                    found.append(_estimated(entry, model, each, target, backend, context, anchors.get(backend), loss))
+                    found.append(_estimated(entry, model, each, target, backend, context, nearest.get(backend), loss))
     found += [_unknown(row, context) for key, row in rows.items() if key[0] not in ordering.of_catalogue().entries]
     return found
-
-
-def measured_rows(target: Target) -> dict[Key, Profile]:
-    """Valid profiles of a target: shipped ones, then those in `./profiles`, which `edgeq profile --save` writes."""
-    names = {_short(entry.hub): name for name, entry in ordering.of_catalogue().entries.items()}
-    rows = {}
-    for folder in (data.folder("profiles"), Path("profiles")):
-        for path in sorted((folder / target.name).glob("*.json")):
-            row = profiles.read(path)
-            if row.valid:
-                name = names.get(row.model, row.model)
-                rows[name, row.recipe, row.backend] = msgspec.structs.replace(row, model=name)
-    return rows
-
-
-def _short(hub: str) -> str:
-    return hub.rpartition("/")[2].lower()
-
-
-def _anchors(rows: Iterable[Profile]) -> dict[str, Profile]:
-    """For each backend the measured row of the largest catalogue model: small bundles say nothing about bandwidth."""
-    known = [row for row in rows if row.model in ordering.of_catalogue().entries and row.bundle.bytes >= _ANCHOR_BYTES]
-    return {row.backend: row for row in sorted(known, key=lambda row: row.bundle.bytes)}
 
 
 def _holds(model: Model, wanted: Recipe, backend: str) -> bool:
