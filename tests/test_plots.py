@@ -33,6 +33,7 @@ def test_the_choice_the_front_and_the_others_have_marks_of_their_own() -> None:
     assert rows[-1].endswith("a")
     assert sum(row.count(".") for row in rows) == 1
     assert "* qwen3-4b" in legend
+    assert ": ~10.0 tokens/s, quality ~80.0" in legend
     assert "a qwen3-0.6b" in legend
     assert "qwen3-8b" not in drawn
     assert "80 |" in picture

@@ -51,3 +51,11 @@ def test_a_recommendation_shows_estimates_with_a_tilde_and_measured_figures_with
     assert "  qwen3-1.7b w4g32-e8-rtn llamacpp: slower" in map(str.rstrip, lines)
     assert any(line.startswith("  1 other recipes and backends") for line in lines)
     assert lines[-1].strip() == "chosen is the rule"
+
+
+def test_what_was_not_measured_is_no_exact_answer() -> None:
+    whole = candidate(evidence="measured", answer_s=14.0)
+    assert tables._answer(whole) == "14 s"
+    assert tables._answer(msgspec.structs.replace(whole, measured_depth=0)) == "~14 s"
+    assert tables._answer(candidate(answer_s=14.0, answer_without_prompt=True)) == ">= ~14 s"
+    assert tables._answer(candidate()) == "-"

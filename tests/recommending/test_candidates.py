@@ -9,6 +9,7 @@ from edgeq import backends, catalog, data, profiles, recipe, target
 from edgeq.estimating import anchors
 from edgeq.profiles import Profile
 from edgeq.recommending import candidates
+from edgeq.recommending.document import Candidate
 
 JETSON = target.load("jetson")
 
@@ -76,8 +77,10 @@ def test_a_measured_row_stands_in_place_of_its_estimate(work: Path) -> None:
     measured = [each for each in found if each.evidence == "measured" and each.model == "qwen3-0.6b"]
     assert [(each.recipe, each.backend) for each in measured] == [(row.recipe, row.backend)]
     (one,) = measured
-    assert one.decode_tokens_per_s is not None
-    assert one.decode_tokens_per_s.mid == row.decode[0].tokens_per_s.median
+    short = next(each for each in candidates.find(device, 2 * row.decode[0].tokens) if each.title == one.title)
+    assert short.decode_tokens_per_s is not None
+    assert short.decode_tokens_per_s.mid == row.decode[0].tokens_per_s.median
+    assert short.exact_speed
     assert one.loss.evidence == "measured"
     assert row.accuracy is not None
     assert one.loss.kl_mean == row.accuracy.kl_mean
@@ -91,6 +94,30 @@ def test_a_measured_row_stands_in_place_of_its_estimate(work: Path) -> None:
     )
     keys = [(each.model, each.recipe, each.backend) for each in found]
     assert keys.count(("qwen3-0.6b", row.recipe, row.backend)) == 1
+
+
+def test_a_speed_that_was_measured_at_another_depth_is_carried_to_half_the_context(work: Path) -> None:
+    row = demo_row()
+    (decode,) = row.decode
+    speed = msgspec.structs.replace(decode.tokens_per_s, low=39.0, median=40.0, high=41.0)
+    decode = msgspec.structs.replace(decode, tokens_per_s=speed)
+    save(msgspec.structs.replace(row, model="qwen3-0.6b", target=JETSON.name, decode=(decode,)))
+
+    def at(context: int) -> Candidate:
+        found = candidates.find(JETSON, context)
+        return next(each for each in found if each.evidence == "measured" and each.model == "qwen3-0.6b")
+
+    short, long, longer = at(256), at(16384), at(32768)
+    assert (short.depth, short.measured_depth, short.exact_speed) == (0, None, True)
+    assert (long.depth, long.measured_depth, long.exact_speed) == (8192, 0, False)
+    assert "carried from 0 tokens in the cache" in long.basis
+    speeds = [each.decode_tokens_per_s for each in (short, long, longer)]
+    assert all(speeds)
+    first, second, third = (each.mid for each in speeds if each)
+    assert first == 40.0
+    assert first > 1.2 * second > 1.4 * third
+    assert speeds[2] is not None
+    assert speeds[2].high > 1.1 * speeds[2].mid, "what was not measured there has an estimate's interval"
 
 
 def test_a_row_that_is_named_after_the_hub_is_the_catalogues_model(work: Path) -> None:

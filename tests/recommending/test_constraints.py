@@ -28,7 +28,21 @@ def test_a_speed_is_met_only_by_the_low_end_of_its_interval() -> None:
     reason = missed(Constraints(min_tps=20), decode_tokens_per_s=speed)["min-tps"]
     assert reason == "marginal: ~20.1 [10.2, 29.9] tokens/s, 20 are wanted"
     assert missed(Constraints(min_tps=30), decode_tokens_per_s=speed)["min-tps"].startswith("slow: ")
-    assert "unknown" in missed(Constraints(min_tps=1), decode_tokens_per_s=None)["min-tps"]
+    unknown: dict[str, Any] = {
+        "decode_tokens_per_s": None,
+        "basis": "decode = a formula",
+        "unknown": "the bandwidth is not known",
+    }
+    assert missed(Constraints(min_tps=1), **unknown) == {"min-tps": "its speed is unknown: the bandwidth is not known"}
+
+
+def test_a_carried_speed_is_no_measured_one() -> None:
+    figures: dict[str, Any] = {
+        "evidence": "measured",
+        "measured_depth": 0,
+        "decode_tokens_per_s": Range(8.0, 10.0, 12.0),
+    }
+    assert missed(Constraints(min_tps=9), **figures)["min-tps"].startswith("marginal: ~10.0 [8.0, 12.0]")
 
 
 def test_a_first_token_is_met_only_by_the_high_end() -> None:
@@ -100,8 +114,18 @@ def test_a_model_without_published_scores_is_never_ranked() -> None:
         Constraints(min_tps=0),
         Constraints(max_ttft_s=-1),
         Constraints(max_loss=float("nan")),
+        Constraints(max_loss=5),
     ],
 )
 def test_words_that_mean_nothing_are_refused(wanted: Constraints) -> None:
     with pytest.raises(UsageFault):
         constraints.check(wanted)
+
+
+def test_what_is_wrong_with_a_number_is_said() -> None:
+    with pytest.raises(UsageFault, match="finite"):
+        constraints.check(Constraints(max_ttft_s=float("inf")))
+    with pytest.raises(UsageFault, match="share of the quality") as caught:
+        constraints.check(Constraints(max_loss=5))
+    assert caught.value.run.endswith("--max-loss 0.05")
+    constraints.check(Constraints(max_loss=1))

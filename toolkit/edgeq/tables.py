@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from edgeq.estimating.estimate import Estimate
     from edgeq.estimating.speed import Range
     from edgeq.profiles import Load, Profile, Speculation, Spread
-    from edgeq.recommending.document import Recommendation
+    from edgeq.recommending.document import Candidate, Recommendation
     from edgeq.sheets import Detection, ModelSheet, PlanSheet
     from edgeq.target import Target
     from edgeq.verifying import Verified
@@ -242,7 +242,7 @@ def model(document: ModelSheet) -> Group:
     sizes = _table("recipe", *(f"{name}: bits per weight, weights" for name in engines))
     for each in document.recipes:
         held = {
-            size.backend: f"~{size.bits_per_weight:.2f}, {show_bytes(size.weights_bytes)}" for size in each.backends
+            size.backend: f"~{size.bits_per_weight:.2f}, ~{show_bytes(size.weights_bytes)}" for size in each.backends
         }
         sizes.add_row(each.recipe, *(held.get(name, "-") for name in engines))
     return Group(_facts(*facts), "", sizes)
@@ -265,8 +265,8 @@ def recommendation(document: Recommendation) -> Group:
             each.recipe,
             each.backend,
             about + show_bytes(each.memory_bytes),
-            _interval(each.decode_tokens_per_s, about),
-            "-" if each.answer_s is None else f"{about}{each.answer_s:.0f} s",
+            _interval(each.decode_tokens_per_s, "" if each.exact_speed else "~"),
+            _answer(each),
             "-" if each.score is None else f"~{each.score:.1f}",
             each.evidence,
         )
@@ -285,6 +285,13 @@ def recommendation(document: Recommendation) -> Group:
         *([f"  {rest} other recipes and backends of these models: --json has each with its reason"] if rest else []),
         *([f"chosen is {document.rule}"] if choice else []),
     )
+
+
+def _answer(candidate: Candidate) -> str:
+    if candidate.answer_s is None:
+        return "-"
+    least = ">= " if candidate.answer_without_prompt else ""
+    return f"{least}{'' if candidate.exact_speed else '~'}{candidate.answer_s:.0f} s"
 
 
 def _interval(rate: Range | None, about: str) -> str:

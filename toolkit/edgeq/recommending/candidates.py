@@ -82,19 +82,21 @@ def _estimated(
         prefill=found.prefill_tokens_per_s,
         loss=loss,
         evidence="estimated",
-        basis=_basis(found),
+        basis=found.basis,
+        unknown=_unknown_speed(found),
     )
 
 
-def _basis(found: Estimate) -> str:
+def _unknown_speed(found: Estimate) -> str | None:
     reasons = dict.fromkeys(reason for reason in (found.decode_reason, found.prefill_reason) if reason)
-    return "; ".join([found.basis, *reasons])
+    return "; ".join(reasons) or None
 
 
 def _measured(
     entry: Entry, model: Model, wanted: Recipe, row: Profile, target: Target, context: int, estimated: Loss
 ) -> Candidate:
     decode = min(row.decode, key=lambda one: abs(one.depth - context // 2))
+    carried = _carried(model, wanted, row, decode, target, context)
     prefill = min(row.prefill, key=lambda one: (one.depth, abs(one.tokens - PROMPT)))
     seen = max(decode.depth + decode.tokens, prefill.depth + prefill.tokens)
     per_token = row.memory.kv_cache_bytes_per_token or model.kv_bytes_per_token(wanted.kv_bits // 8)
@@ -107,15 +109,37 @@ def _measured(
         wanted,
         row.backend,
         context=context,
-        depth=decode.depth,
+        depth=context // 2 if carried else decode.depth,
+        measured_depth=decode.depth if carried else None,
         weights_bytes=row.bundle.bytes,
         memory_bytes=None if peak is None else peak + per_token * max(0, context - seen),
-        decode=_range(decode.tokens_per_s),
+        decode=carried or _range(decode.tokens_per_s),
         prefill=_range(prefill.tokens_per_s),
         loss=loss,
         evidence="measured",
-        basis=f"measured on {target.name} with {', '.join(row.tools)}, grade {row.grade}",
+        basis=f"measured on {target.name} with {', '.join(row.tools)}, grade {row.grade}"
+        + (f"; decoding carried from {decode.depth} tokens in the cache by the estimate" if carried else ""),
     )
+
+
+def _carried(
+    model: Model, wanted: Recipe, row: Profile, decode: profiles.Decode, target: Target, context: int
+) -> Range | None:
+    """Speed with half the context in the cache: the measured one, times what the estimate that follows it says.
+
+    None where it was measured there, and where no estimate is possible.
+    """
+    depth = context // 2
+    if abs(depth - decode.depth) <= decode.tokens:
+        return None
+    there, here = (
+        estimate(model, row.model, wanted, target, row.backend, context=context, depth=each, anchor=row)
+        for each in (min(decode.depth, context), depth)
+    )
+    if there.decode_tokens_per_s is None or here.decode_tokens_per_s is None:
+        return None
+    scale, found = decode.tokens_per_s.median / there.decode_tokens_per_s.mid, here.decode_tokens_per_s
+    return Range(found.low * scale, found.mid * scale, found.high * scale)
 
 
 def _candidate(
@@ -132,6 +156,8 @@ def _candidate(
     loss: Loss,
     evidence: str,
     basis: str,
+    unknown: str | None = None,
+    measured_depth: int | None = None,
 ) -> Candidate:
     quality = ordering.of_catalogue().quality(entry.name)
     prompt = min(PROMPT, context)
@@ -154,6 +180,8 @@ def _candidate(
         thinking=_thinking(entry, decode),
         evidence=evidence,
         basis=basis,
+        unknown=unknown,
+        measured_depth=measured_depth,
         license=entry.license,
         commercial=entry.commercial,
     )

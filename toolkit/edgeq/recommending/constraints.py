@@ -42,7 +42,13 @@ def check(wanted: Constraints) -> None:
     }
     for option, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
-            raise UsageFault(f"{option} {value:g} is not possible", why="It must be above 0.")
+            raise UsageFault(f"{option} {value:g} is not possible", why="It must be above 0, and finite.")
+    if wanted.max_loss is not None and wanted.max_loss > 1:
+        raise UsageFault(
+            f"--max-loss {wanted.max_loss:g} is not possible",
+            why="It is a share of the quality, 1 at most.",
+            run=f"edgeq recommend ... --max-loss {wanted.max_loss / 100:g}" if wanted.max_loss <= 100 else "",
+        )
 
 
 def missed(candidate: Candidate, wanted: Constraints, usable_bytes: int | None) -> list[Miss]:
@@ -75,7 +81,8 @@ def _kind(candidate: Candidate, wanted: Constraints) -> Iterator[Miss]:
         if not able[word]:
             yield Miss("capability", NEVER, f"no {word}")
     if candidate.context > entry.context:
-        yield Miss("context", NEVER, f"reads {entry.context} tokens at most, {candidate.context} are wanted")
+        reason = f"reads {entry.context} tokens at most, {candidate.context} are wanted"
+        yield Miss("context", candidate.context / entry.context, reason)
 
 
 def _memory(candidate: Candidate, wanted: Constraints, usable: int | None) -> Iterator[Miss]:
@@ -100,7 +107,7 @@ def _speed(candidate: Candidate, wanted: Constraints) -> Iterator[Miss]:
         return
     speed = candidate.decode_tokens_per_s
     if speed is None:
-        yield Miss("min-tps", NEVER, f"its speed is unknown: {candidate.basis}")
+        yield Miss("min-tps", NEVER, f"its speed is unknown: {_why_unknown(candidate)}")
     elif speed.low < wanted.min_tps:
         word = "marginal" if speed.high >= wanted.min_tps else "slow"
         yield Miss(
@@ -113,7 +120,7 @@ def _first_token(candidate: Candidate, wanted: Constraints) -> Iterator[Miss]:
         return
     wait = candidate.first_token_s
     if wait is None:
-        yield Miss("max-ttft", NEVER, f"its time to the first token is unknown: {candidate.basis}")
+        yield Miss("max-ttft", NEVER, f"its time to the first token is unknown: {_why_unknown(candidate)}")
     elif wait.high > wanted.max_ttft_s:
         word = "marginal" if wait.low <= wanted.max_ttft_s else "slow"
         seconds = f"first token after {_about(candidate)}{wait.mid:.1f} [{wait.low:.1f}, {wait.high:.1f}] s"
@@ -130,8 +137,12 @@ def _loss(candidate: Candidate, wanted: Constraints) -> Iterator[Miss]:
     yield Miss("max-loss", loss.high / wanted.max_loss, f"{word}: {lost}, {wanted.max_loss:.1%} are allowed")
 
 
+def _why_unknown(candidate: Candidate) -> str:
+    return candidate.unknown or "it was not measured"
+
+
 def _rate(candidate: Candidate, speed: Range) -> str:
-    return f"{_about(candidate)}{speed.mid:.1f} [{speed.low:.1f}, {speed.high:.1f}] tokens/s"
+    return f"{'' if candidate.exact_speed else '~'}{speed.mid:.1f} [{speed.low:.1f}, {speed.high:.1f}] tokens/s"
 
 
 def _about(candidate: Candidate) -> str:

@@ -41,9 +41,10 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 
     Speeds are with `depth` tokens in the cache, memory is with room for the whole context. quality: of the model as
     floats; score: what quantization leaves of it. considered: not an estimate for which another one, that differs in
-    its backend alone, stands. answer_s: seconds to read a prompt and write an answer. front: no
-    other eligible candidate is at least as good in quality, speed and memory. excluded_by: constraints that it misses;
-    reasons: one sentence each.
+    its backend alone, stands. answer_s: seconds to read a prompt and write an answer; answer_without_prompt: of writing
+    alone, the least that it takes, where no time of reading is known. measured_depth: where decoding was measured, if
+    it is carried from there to `depth`. unknown: why a speed is null. front: no other eligible candidate is at least as
+    good in quality, speed and memory. excluded_by: constraints that it misses; reasons: one sentence each.
     """
 
     model: str
@@ -59,6 +60,9 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens_per_s: Range | None
     first_token_s: Range | None
     answer_s: float | None = None
+    answer_without_prompt: bool = False
+    measured_depth: int | None = None
+    unknown: str | None = None
     quality: Quality | None
     loss: Loss
     score: float | None
@@ -77,6 +81,11 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
     def title(self) -> str:
         """Model, recipe and backend."""
         return f"{self.model} {self.recipe} {self.backend}"
+
+    @property
+    def exact_speed(self) -> bool:
+        """Whether decoding was measured at this depth."""
+        return self.evidence == "measured" and self.measured_depth is None
 
 
 class Recommendation(msgspec.Struct, frozen=True, kw_only=True):

@@ -4,9 +4,9 @@ None on the front is beaten in quality, speed and memory at once. Estimates do n
 differ in their backend alone, measured ones are considered, else the one whose backend the target names first.
 
 The choice is the best balance of quality and waiting: points of quality after quantization, less one for each
-`SECONDS_PER_POINT` that reading a prompt and writing an answer take. What writes more slowly than people read is taken
-only where nothing is faster. Where no speed is known, candidates are weighed as if weights were read at
-`SLOW_BYTES_PER_S`.
+`SECONDS_PER_POINT` that reading a prompt and writing an answer take; of equals the first in the target's order. What
+writes more slowly than people read, for all that is known, is taken only where nothing is faster. Where no speed is
+known, candidates are weighed as if weights were read at `SLOW_BYTES_PER_S`.
 """
 
 from __future__ import annotations
@@ -30,18 +30,24 @@ SLOW_BYTES_PER_S = 10e9
 """A small board's: 60 % of the 17 GB/s in targets/raspberry-pi-5-8gb.toml."""
 RULE = (
     f"the best balance: one point of quality weighs as much as {SECONDS_PER_POINT:g} s of reading a prompt and writing "
-    f"{ANSWER} tokens; slower than people read ({READING_TOKENS_PER_S:g} tokens/s) only where nothing is faster"
+    f"{ANSWER} tokens; what is slower than people read ({READING_TOKENS_PER_S:g} tokens/s) even at the upper end of "
+    "its interval only where nothing is faster; of equals the first in the target's order"
 )
-_NEAR = 0.5  # points: far less than any of the figures is known to
+CAUTION = f"out of caution, as if weights were read at {SLOW_BYTES_PER_S / 1e9:g} GB/s, a small board's rate"
 
 
 def timed(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Candidates with the seconds of an answer.
 
-    Where the time to read a prompt is known for some, it counts for all: what is unknown is as slow as writing.
+    Where the time to read a prompt is known for some, it counts for all: what is unknown is as slow as writing. Where
+    it is known for none, the seconds are of writing alone.
     """
     prompt = any(each.first_token_s for each in candidates if each.quality)
-    return [msgspec.structs.replace(each, answer_s=_answer_s(each, prompt)) for each in candidates]
+    return [
+        msgspec.structs.replace(each, answer_s=seconds, answer_without_prompt=seconds is not None and not prompt)
+        for each in candidates
+        for seconds in [_answer_s(each, prompt)]
+    ]
 
 
 def marked(eligible: Sequence[Candidate]) -> list[Candidate]:
@@ -65,22 +71,20 @@ def balance(candidate: Candidate) -> float:
 
 
 def choose(eligible: Sequence[Candidate]) -> Candidate:
-    """The best balance on the front; of nearly equal recipes of one model the first in the target's order."""
-    best = max((each for each in eligible if each.front), key=_rank)
-    near = (each for each in eligible if each.front and each.model == best.model and _rank(each)[:2] == _rank(best)[:2])
-    return next(each for each in near if balance(best) - balance(each) <= _NEAR)
+    """The best balance on the front; of equals the first, in the target's order."""
+    return max((each for each in eligible if each.front), key=_rank)
 
 
 def why_chosen(chosen: Candidate, eligible: Sequence[Candidate]) -> tuple[str, ...]:
     """Reasons for the choice, and what to know before it is used."""
     quality, loss = chosen.quality, chosen.loss
     assert quality is not None
-    scale, about = f"the scale of {quality.benchmark} answering directly", _about(loss.evidence != "published")
+    scale = f"the scale of {quality.benchmark} answering directly"
     words = [
-        f"best balance of {len(eligible)} that meet all constraints: {_points(chosen)} and {_wait(chosen)}",
+        f"{_why_best(chosen)} of {len(eligible)} that meet all constraints: {_points(chosen)} and {_wait(chosen)}",
         f"quality: {quality.score:.1f} [{quality.low:.1f}, {quality.high:.1f}] on {scale}, by {quality.compared_on} "
         "benchmarks that it shares with other models",
-        f"quantization costs {about}{loss.value:.1%} of it [{loss.low:.1%}, {loss.high:.1%}]",
+        f"quantization costs {_lost(chosen)} of it [{loss.low:.1%}, {loss.high:.1%}]",
     ]
     if quality.inferred:
         words.append(quality.inferred)
@@ -107,18 +111,36 @@ def why_lost(loser: Candidate, chosen: Candidate, eligible: Sequence[Candidate])
     if not loser.front:
         better = [each for each in eligible if each.front and _beats(each, loser)]
         winner = chosen if chosen in better else max(better, key=_rank)
-        return f"{winner.title} is at least as good, fast and small: {_difference(loser, winner)}"
-    if _too_slow(loser) and not _too_slow(chosen):
-        return f"writes more slowly than people read: {_difference(loser, chosen)}"
-    return f"worse balance of quality and waiting: {_difference(loser, chosen)}"
+        virtues = "good and small" if loser.answer_s is None else "good, fast and small"
+        return f"{winner.title} is at least as {virtues}: {_difference(loser, winner)}"
+    return f"{_why_worse(loser, chosen)}: {_difference(loser, chosen)}"
+
+
+def _why_best(chosen: Candidate) -> str:
+    if chosen.answer_s is None:
+        return f"speed unknown: the best balance {CAUTION},"
+    return "nothing writes as fast as people read: the fastest" if _too_slow(chosen) else "best balance"
+
+
+def _why_worse(loser: Candidate, chosen: Candidate) -> str:
+    if loser.answer_s is None:
+        if chosen.answer_s is not None:
+            return "speed unknown"
+        smaller = loser.weights_bytes > chosen.weights_bytes
+        return f"speed unknown: {'the smaller one' if smaller else 'worse balance'} {CAUTION}"
+    if _too_slow(loser):
+        return "slower still" if _too_slow(chosen) else "writes more slowly than people read"
+    if _rank(loser) == _rank(chosen):
+        return "the same balance, and the target's order names it later"
+    return "worse balance of quality and waiting"
 
 
 def _difference(loser: Candidate, winner: Candidate) -> str:
     """Quality, waiting and memory of two candidates, the first one's first, and what the quality comes from."""
     words = [
-        f"{_points(loser)} against {winner.score:.1f}",
+        f"{_points(loser)} against ~{winner.score:.1f}",
         f"{_wait(loser)} against {_seconds(winner)}",
-        f"{show_bytes(loser.memory_bytes)} against {show_bytes(winner.memory_bytes)}",
+        f"{_memory(loser)} against {_memory(winner)}",
     ]
     if loser.model != winner.model:
         alike = ordering.of_catalogue().alike(loser.model, winner.model)
@@ -126,7 +148,7 @@ def _difference(loser: Candidate, winner: Candidate) -> str:
             ("about equal as floats; " if alike else "") + ordering.of_catalogue().compared(loser.model, winner.model)
         )
     elif abs(loser.loss.value - winner.loss.value) > 1e-6:
-        words.append(f"quantization costs it {loser.loss.value:.1%} against {winner.loss.value:.1%}")
+        words.append(f"quantization costs it {_lost(loser)} against {_lost(winner)}")
     return "; ".join(words)
 
 
@@ -134,16 +156,23 @@ def _points(candidate: Candidate) -> str:
     return f"~{candidate.score:.1f} points"
 
 
+def _memory(candidate: Candidate) -> str:
+    return _about(candidate.evidence == "measured") + show_bytes(candidate.memory_bytes)
+
+
+def _lost(candidate: Candidate) -> str:
+    return f"{_about(candidate.loss.evidence != 'published')}{candidate.loss.value:.1%}"
+
+
 def _wait(candidate: Candidate) -> str:
     return f"{_seconds(candidate)} for an answer"
 
 
 def _seconds(candidate: Candidate) -> str:
-    return (
-        "unknown time"
-        if candidate.answer_s is None
-        else f"{_about(candidate.evidence == 'measured')}{candidate.answer_s:.0f} s"
-    )
+    if candidate.answer_s is None:
+        return "unknown time"
+    least = "at least " if candidate.answer_without_prompt else ""
+    return f"{least}{_about(candidate.exact_speed)}{candidate.answer_s:.0f} s"
 
 
 def _thoughts(candidate: Candidate) -> str:
@@ -181,8 +210,9 @@ def _waiting(candidate: Candidate) -> float:
 
 
 def _too_slow(candidate: Candidate) -> bool:
+    """Whether all of the interval is below what people read; an unknown speed is not."""
     speed = candidate.decode_tokens_per_s
-    return (SLOW_BYTES_PER_S / candidate.weights_bytes if speed is None else speed.mid) < READING_TOKENS_PER_S
+    return speed is not None and speed.high < READING_TOKENS_PER_S
 
 
 def _beats(one: Candidate, other: Candidate) -> bool:
