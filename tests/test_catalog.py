@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from edgeq import catalog, data
@@ -21,7 +23,7 @@ def test_every_file_is_a_model_that_agrees_with_its_configuration(name: str) -> 
     entry = catalog.load(name)
     model = read_config(entry.config)
     assert entry.name == name
-    assert entry.model == model
+    assert entry.model == dataclasses.replace(model, context=entry.context)
     assert model.generation == entry.generation
     assert model.parameters == entry.parameters
     assert entry.context <= model.context

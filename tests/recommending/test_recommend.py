@@ -4,13 +4,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 import edgeq
-from edgeq import target, units
-from edgeq.errors import NothingFits
+from edgeq import catalog, target, units
+from edgeq.errors import NothingFits, UsageFault
+from edgeq.estimating import asked
 from edgeq.recommending import recommend
 from edgeq.recommending.document import Constraints, Recommendation
 
@@ -179,11 +181,58 @@ def test_the_remedy_is_met(wanted: Constraints) -> None:
     assert recommend.recommend("jetson", wanted=relaxed).choice is not None
 
 
+@pytest.mark.parametrize(("name", "context"), [("jetson", 300 << 10), ("jetson", 1 << 20), ("pi4", 1 << 20)])
+def test_a_context_that_no_model_reads_is_remedied_by_one_that_some_does(name: str, context: int) -> None:
+    with pytest.raises(NothingFits) as caught:
+        recommend.require(recommend.recommend(name, context=context))
+    words, tokens = caught.value.run.rsplit(maxsplit=1)
+    assert words == "edgeq recommend ... --context"
+    assert 262144 // 2 < int(tokens) <= 262144
+    assert recommend.recommend(name, context=int(tokens)).choice is not None
+
+
+def test_a_context_that_does_not_fit_is_remedied_by_one_that_does() -> None:
+    only: dict[str, Any] = {"recipes": ["w16"], "engines": ["llamacpp"]}
+    with pytest.raises(NothingFits) as caught:
+        recommend.require(recommend.recommend("jetson", context=1 << 18, **only))
+    words = caught.value.run.split()
+    assert words[:4] == ["edgeq", "recommend", "...", "--context"]
+    assert recommend.recommend("jetson", context=int(words[4]), **only).choice is not None
+    assert recommend.recommend("jetson", context=int(words[4]) + 4096, **only).choice is None
+
+
+def test_estimates_read_no_more_than_the_catalogue_lists() -> None:
+    assert catalog.load("qwen3-0.6b").context == 32768
+    with pytest.raises(UsageFault, match="40000"):
+        asked.ask("qwen3-0.6b", target="jetson", context=40000)
+
+
 def test_only_measured_rows_where_these_are_asked_for() -> None:
     found = recommend.recommend("x86-avx512-vnni", wanted=Constraints(evidence="measured"))
     assert found.choice is None
     closest = {each.model for each in found.candidates if each.evidence == "measured"}
     assert closest == {"demo-qwen2.5", "demo-qwen3", "demo-qwen3.5"}
+    with pytest.raises(NothingFits) as caught:
+        recommend.require(found)
+    assert caught.value.run == "edgeq recommend ... --evidence any --max-memory 8GB"
+    assert "demo-" not in str(caught.value)
+    assert "no model with published scores was measured" in found.notes[-1]
+    assert "nothing was measured" in recommend.recommend("jetson").notes[-1]
+
+
+def test_a_build_for_unknown_memory_names_words_that_build_has() -> None:
+    with pytest.raises(NothingFits) as caught:
+        recommend.for_build("x86-avx2", backend="onnx")
+    assert "memory" in caught.value.why
+    assert caught.value.run.startswith("edgeq recommend --target x86-avx2 --max-memory 8GB, then edgeq build MODEL")
+
+
+def test_a_build_that_is_too_small_for_any_model_names_the_smallest() -> None:
+    with pytest.raises(NothingFits, match=r"no model fits 100\.0 MB") as caught:
+        recommend.for_build("jetson", backend="llamacpp", max_size=100_000_000)
+    assert "The smallest, qwen2.5-0.5b" in caught.value.why
+    size = units.parse_bytes(caught.value.run.split()[-1])
+    assert recommend.for_build("jetson", backend="llamacpp", max_size=size).model == "qwen2.5-0.5b"
 
 
 def test_python_has_the_same_words() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from typing import Any, Literal
 
@@ -50,8 +51,8 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
     @property
     def model(self) -> Model:
-        """Shapes that `config` describes."""
-        return read_config(self.config)
+        """Shapes that `config` describes, with the context of `context`: some configurations name a stretched one."""
+        return dataclasses.replace(read_config(self.config), context=self.context)
 
 
 def entries() -> tuple[Entry, ...]:

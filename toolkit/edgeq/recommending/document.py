@@ -91,12 +91,14 @@ class Candidate(msgspec.Struct, frozen=True, kw_only=True):
 class Recommendation(msgspec.Struct, frozen=True, kw_only=True):
     """The choice for a target, or null, and all candidates: the chosen one, eligible ones, rejected ones.
 
-    excluded: how many candidates each constraint excluded; closest: the candidate that missed by least when nothing
-    fits. rule: how one of the eligible candidates was chosen.
+    usable_bytes: of the target, for a model; null where unknown. excluded: how many candidates each constraint
+    excluded; closest: the candidate that missed by least when nothing fits. rule: how one of the eligible candidates
+    was chosen.
     """
 
     target: str
     context: int
+    usable_bytes: int | None = None
     constraints: Constraints
     choice: Candidate | None
     closest: Candidate | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable
 
@@ -9,13 +10,14 @@ import msgspec
 
 from edgeq import detect, recipe
 from edgeq.errors import MissingTool, NothingFits
-from edgeq.estimating.memory import usable_bytes
+from edgeq.estimating import memory
 from edgeq.recommending import candidates, constraints, front, ordering
 from edgeq.recommending.constraints import Miss
 from edgeq.recommending.document import Candidate, Constraints, Recommendation
 from edgeq.target import Target
 
 CONTEXT = 4096
+_STEP = 256  # tokens that a context named in a remedy is a multiple of
 _USUAL_SHARE = 0.7  # a laptop's, as targets/x86-laptop-ddr5.toml has it
 
 
@@ -53,6 +55,7 @@ def recommend(
     return Recommendation(
         target=device.name,
         context=context,
+        usable_bytes=usable,
         constraints=wanted,
         choice=choice,
         closest=None if choice or not rejected else rejected[0],
@@ -82,17 +85,31 @@ def for_build(
             why="; ".join(f"{state.name}: {state.reason}" for state in states),
             run=f"edgeq doctor --target {target}",
         )
-    found = recommend(
+    search = functools.partial(
+        recommend,
         target,
         context=context,
         recipes=() if recipe_name == "auto" or recipe.parse(recipe_name).mixed else (recipe_name,),
         engines=[state.name for state in states if state.builds] or [backend],
-        largest=max_size,
     )
-    return require(found)
+    found = search(largest=max_size)
+    if found.candidates and found.choice is None and found.usable_bytes is None:
+        raise NothingFits(
+            f"no model can be chosen for {found.target}",
+            why="How much memory it has is not known.",
+            run=f"edgeq recommend --target {target} --max-memory 8GB, then edgeq build MODEL --target {target}",
+        )
+    if max_size is not None and not found.candidates and (every := search().candidates):
+        smallest = min(every, key=lambda each: (each.verdict == "rejected", each.weights_bytes))
+        raise NothingFits(
+            f"no model fits {max_size / 1e6:.1f} MB",
+            why=f"The smallest, {smallest.title}, needs ~{smallest.weights_bytes / 1e6:.1f} MB.",
+            run=f"edgeq build --target {target} --max-size {smallest.weights_bytes / 1e6 + 1:.0f}MB",
+        )
+    return require(found, "build")
 
 
-def require(found: Recommendation) -> Candidate:
+def require(found: Recommendation, command: str = "recommend") -> Candidate:
     """The choice; raises NothingFits with the constraint that excluded most and the closest miss."""
     if found.choice is not None:
         return found.choice
@@ -105,20 +122,24 @@ def require(found: Recommendation) -> Candidate:
     raise NothingFits(
         f"none of {total} candidates for {found.target} meets all constraints: {name} excluded most, {count}",
         why=f"The closest miss is {found.closest.title}: {'; '.join(found.closest.reasons)}." if found.closest else "",
-        run=_remedy(found),
+        run=_remedy(found, command),
     )
 
 
-def _remedy(found: Recommendation) -> str:
-    """The command whose constraints the closest miss meets."""
+def _remedy(found: Recommendation, command: str) -> str:
+    """The command whose constraints the closest miss meets; where none is, what else there is to choose from."""
     closest = found.closest
-    words = [_relaxed(name, closest, found.context) for name in closest.excluded_by] if closest else []
-    return " ".join(["edgeq recommend ...", *words])
+    if closest is None or "quality" in closest.excluded_by:
+        return "edgeq models list"
+    words = dict.fromkeys(_relaxed(name, closest, found.usable_bytes) for name in closest.excluded_by)
+    if None in words:
+        return "edgeq targets list"
+    return " ".join([f"edgeq {command} ...", *sorted(filter(None, words), key=lambda word: word.startswith("without"))])
 
 
-def _relaxed(constraint: str, closest: Candidate, context: int) -> str:
-    """The option that a candidate meets in place of the one that it misses."""
-    speed, wait, memory = closest.decode_tokens_per_s, closest.first_token_s, closest.memory_bytes or 0
+def _relaxed(constraint: str, closest: Candidate, usable: int | None) -> str | None:
+    """The option that a candidate meets in place of the one that it misses; None where no option helps."""
+    speed, wait, needs = closest.decode_tokens_per_s, closest.first_token_s, closest.memory_bytes or 0
     if constraint == "min-tps" and speed:
         return f"--min-tps {speed.low - 0.05:.1f}"
     if constraint == "max-ttft" and wait:
@@ -126,13 +147,25 @@ def _relaxed(constraint: str, closest: Candidate, context: int) -> str:
     if constraint == "max-loss":
         return f"--max-loss {closest.loss.high + 0.0005:.3f}"
     if constraint == "max-memory":
-        return f"--max-memory {memory * constraints.MEMORY_ERROR / 1e9 + 0.05:.1f}GB"
-    if constraint == "memory":
-        unknown = any("unknown" in reason for reason in closest.reasons)
-        return "--max-memory 8GB" if unknown else f"--context {max(context // 4, 512)}"
-    if constraint == "context":
-        return f"--context {ordering.of_catalogue().entries[closest.model].context}"
+        return f"--max-memory {needs * constraints.MEMORY_ERROR / 1e9 + 0.05:.1f}GB"
+    if constraint == "memory" and usable is None:
+        return "--max-memory 8GB"
+    if constraint in ("memory", "context"):
+        tokens = _context(closest, usable)
+        return f"--context {tokens}" if tokens else None
+    if constraint in ("evidence", "license"):
+        return f"--{constraint} any"
     return f"without --{constraint}"
+
+
+def _context(closest: Candidate, usable: int | None) -> int:
+    """Most tokens that a model reads, and that fit into the memory where that is what it misses."""
+    entry = ordering.of_catalogue().entries[closest.model]
+    if usable is None or "memory" not in closest.excluded_by:
+        return entry.context
+    needed = memory.needed(entry.model, recipe.parse(closest.recipe), closest.backend, context=closest.context)
+    fitting = memory.largest_context(entry.model, needed, int(usable / constraints.MEMORY_ERROR))
+    return min(entry.context, fitting - fitting % _STEP or fitting)
 
 
 def _judged(each: Candidate, choice: Candidate, eligible: list[Candidate]) -> Candidate:
@@ -149,11 +182,15 @@ def _rejected(each: Candidate, missed: list[Miss]) -> Candidate:
     )
 
 
-def _distance(judged: tuple[Candidate, list[Miss]]) -> tuple[bool, int, float, int, float]:
-    """How far a candidate is from what is wanted: by how many constraints, by the largest factor, by its size."""
+def _distance(judged: tuple[Candidate, list[Miss]]) -> tuple[bool, bool, int, float, int, float]:
+    """How far a candidate is from what is wanted: by how many constraints, by the largest factor, by its size.
+
+    What has no published scores is last: no wish that is given up makes it comparable.
+    """
     candidate, missed = judged
     factor = max(miss.factor for miss in missed)
-    return factor == constraints.NEVER, len(missed), factor, candidate.memory_bytes or 0, -(candidate.score or 0.0)
+    never, size, score = factor == constraints.NEVER, candidate.memory_bytes or 0, candidate.score or 0.0
+    return candidate.quality is None, never, len(missed), factor, size, -score
 
 
 def _place(each: Candidate) -> tuple[bool, bool, bool, bool, float]:
@@ -165,7 +202,7 @@ def _place(each: Candidate) -> tuple[bool, bool, bool, bool, float]:
 def _room(device: Target) -> int | None:
     """Bytes that a model may take: what the target says, a usual share where it knows its size alone."""
     total = device.memory.total_bytes
-    return usable_bytes(device) or (int(total.value * _USUAL_SHARE) if total else None)
+    return memory.usable_bytes(device) or (int(total.value * _USUAL_SHARE) if total else None)
 
 
 def _notes(found: list[Candidate], wanted: Constraints, device: Target) -> tuple[str, ...]:
@@ -176,8 +213,9 @@ def _notes(found: list[Candidate], wanted: Constraints, device: Target) -> tuple
         notes.append("edgeq builds the text model alone: the vision tower is left out of memory and speed")
     if not any(each.decode_tokens_per_s and each.quality for each in found):
         notes.append("no speed is known here, so the choice is a cautious one; edgeq profile --save on it measures")
-    if not any(each.evidence == "measured" and each.quality for each in found):
-        notes.append(
-            "nothing was measured on this target: all figures are estimates; edgeq profile --save replaces them"
-        )
+    measured = [each for each in found if each.evidence == "measured"]
+    if not any(each.quality for each in measured):
+        what = "no model with published scores" if measured else "nothing"
+        rest = "figures of all others" if measured else "all figures"
+        notes.append(f"{what} was measured on this target: {rest} are estimates; edgeq profile --save replaces them")
     return tuple(notes)
