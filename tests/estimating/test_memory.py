@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import pytest
 
 from edgeq import catalog, recipe, size, target
@@ -87,3 +88,38 @@ def test_bytes_of_a_file_replace_the_prediction() -> None:
     model = catalog.load("qwen3-4b").model
     assert memory.needed(model, FOUR, "mlx", context=1, weights_bytes=123).weights_bytes == 123
     assert memory.needed(model, FOUR, "onnx", context=1).weights_bytes == size.weight_bytes(model, FOUR, 32)
+
+
+@pytest.mark.parametrize(("name", "held"), [("w16", 6), ("bf16", 6), ("f32", 0)])
+def test_what_onnx_widens(name: str, held: int) -> None:
+    """A tied table is looked up as it is stored, beside the copies for the output layer."""
+    model, device, wanted = catalog.load("qwen3-0.6b").model, target.load("pi5"), recipe.parse(name)
+    stored = wanted.body.bits // 8
+    found = memory.widened(model, wanted, device, "onnx")
+    tied = stored * model.vocab * model.hidden
+    assert found.held == pytest.approx(model.parameters * held + tied, rel=0.001)
+    assert found.read == pytest.approx(model.parameters * (4 - stored), rel=0.001)
+    assert memory.widened(model, wanted, device, "llamacpp") == (0, 0)
+
+
+def test_onnx_widens_a_table_in_sixteen_bits_where_the_output_layer_reads_it() -> None:
+    tied, device = catalog.load("qwen3-0.6b").model, target.load("pi5")
+    table = tied.vocab * tied.hidden
+    for model, held in ((tied, 8), (dataclasses.replace(tied, tied=False), 6)):
+        assert memory.widened(model, recipe.parse("w4g32-e16-rtn"), device, "onnx") == (held * table, 2 * table)
+    assert memory.widened(tied, recipe.parse("w4g32-e8-rtn"), device, "onnx") == (0, 0)
+
+
+@pytest.mark.parametrize(("name", "measured"), [("w16", 4.9), ("f32", 3.2)])
+def test_what_was_measured_of_widened_matrices(name: str, measured: float) -> None:
+    """Peak of qwen3-0.6b's shape, random weights, after 24 tokens: AMD EPYC; w16 was 4.8 to 5.0 GiB, four times."""
+    model, wanted = catalog.load("qwen3-0.6b").model, recipe.parse(name)
+    held = memory.widened(model, wanted, target.load("x86-avx512-vnni"), "onnx").held
+    found = memory.needed(model, wanted, "onnx", context=152, widened=held).total_bytes
+    assert found == pytest.approx(measured * 2**30, rel=0.1)
+
+
+def test_float16_graphs_widen_nothing() -> None:
+    device = target.load("pi5")
+    cuda = msgspec.structs.replace(device, onnx=msgspec.structs.replace(device.onnx, provider="cuda"))
+    assert memory.widened(catalog.load("qwen3-0.6b").model, recipe.parse("w16"), cuda, "onnx") == (0, 0)

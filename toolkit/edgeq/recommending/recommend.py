@@ -212,7 +212,10 @@ def _notes(found: list[Candidate], wanted: Constraints, device: Target) -> tuple
     if {"vision", "video"} & set(wanted.capability):
         notes.append("edgeq builds the text model alone: the vision tower is left out of memory and speed")
     if not any(each.decode_tokens_per_s and each.quality for each in found):
-        notes.append("no speed is known here, so the choice is a cautious one; edgeq profile --save on it measures")
+        notes.append(
+            "no speed is known here, so the choice is a cautious one; one measured model gives all of them: on the "
+            "device, edgeq build MODEL --target host (or the target's file), then edgeq profile BUNDLE --save"
+        )
     measured = [each for each in found if each.evidence == "measured"]
     if not any(each.quality for each in measured):
         what = "no model with published scores" if measured else "nothing"
