@@ -96,15 +96,18 @@ def test_a_measured_row_stands_in_place_of_its_estimate(work: Path) -> None:
     assert keys.count(("qwen3-0.6b", row.recipe, row.backend)) == 1
 
 
-def test_a_speed_that_was_measured_at_another_depth_is_carried_to_half_the_context(work: Path) -> None:
+@pytest.mark.parametrize("name", ["jetson-orin-nano-super-8gb", "x86-avx512-vnni"])
+def test_a_speed_that_was_measured_at_another_depth_is_carried_to_half_the_context(work: Path, name: str) -> None:
+    device = target.load(name)
     row = demo_row()
     (decode,) = row.decode
     speed = msgspec.structs.replace(decode.tokens_per_s, low=39.0, median=40.0, high=41.0)
     decode = msgspec.structs.replace(decode, tokens_per_s=speed)
-    save(msgspec.structs.replace(row, model="qwen3-0.6b", target=JETSON.name, decode=(decode,)))
+    bundle = msgspec.structs.replace(row.bundle, bytes=400_000_000)
+    save(msgspec.structs.replace(row, model="qwen3-0.6b", target=name, decode=(decode,), bundle=bundle))
 
     def at(context: int) -> Candidate:
-        found = candidates.find(JETSON, context)
+        found = candidates.find(device, context)
         return next(each for each in found if each.evidence == "measured" and each.model == "qwen3-0.6b")
 
     short, long, longer = at(256), at(16384), at(32768)
