@@ -240,3 +240,11 @@ def test_a_provider_of_another_device_is_unknown_here(tmp_path: Path) -> None:
     found = ask(machines.cloud_vm(tmp_path), "steam-deck-oled")
     assert (found["onnx webgpu"].status, found["onnx webgpu"].observed) == ("UNKNOWN", "this is another machine")
     assert "onnx cpu" not in ask(machines.cloud_vm(tmp_path), "x86-avx2")
+
+
+def test_no_line_installs_what_the_target_does_not_know_to_install(tmp_path: Path) -> None:
+    engines = ("llama.cpp", "llama.cpp devices", "onnx cuda")
+    nano, orin = (ask(machines.cloud_vm(tmp_path), name) for name in ("jetson-nano", "jetson"))
+    assert "pip install" in orin["llama.cpp"].remedy
+    assert not any("pip install" in nano[name].remedy for name in engines if name in nano)
+    assert nano["llama.cpp"].remedy.startswith("none is known: JetPack 4.6")

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 import edgeq
-from edgeq import catalog, target, units
+from edgeq import catalog, planning, target, units
 from edgeq.errors import NothingFits, UsageFault
 from edgeq.estimating import asked
 from edgeq.recommending import recommend
@@ -218,6 +218,21 @@ def test_only_measured_rows_where_these_are_asked_for() -> None:
     assert "demo-" not in str(caught.value)
     assert "no model with published scores was measured" in found.notes[-1]
     assert "nothing was measured" in recommend.recommend("jetson").notes[-1]
+
+
+def test_what_a_target_doubts_is_said_where_the_choice_is_made() -> None:
+    doubt = target.load("jetson-nano").install_doubt
+    assert doubt is not None
+    assert "not known to install" in doubt
+    assert doubt in recommend.recommend("jetson-nano").notes
+    assert doubt in planning.plan("qwen3.5-2b", target="jetson-nano", backend="onnx", offline=True).notes
+
+
+@pytest.mark.parametrize("name", ["jetson-nano", "jetson-xavier-nx-8gb"])
+def test_a_backend_that_the_target_does_not_have_is_not_planned_for(name: str) -> None:
+    with pytest.raises(UsageFault, match="has no backend mlc") as caught:
+        planning.plan("qwen3.5-2b", target=name, backend="mlc", offline=True)
+    assert caught.value.run.endswith("--backend llamacpp")
 
 
 def test_a_build_for_unknown_memory_names_words_that_build_has() -> None:

@@ -53,11 +53,14 @@ def checks(target: Target, root: Path = ROOT) -> list[Check]:
     ]
     if target.api == "cuda":
         found.append(_gpu(target, machine))
-    return [
-        *found,
+    engines = [
         *_engine("llamacpp", target, machine, root),
         *_engine("mlc", target, machine, root),
         *_onnx(target, machine),
+    ]
+    return [
+        *found,
+        *(_doubted(each, target) for each in engines),
         _memory(machine),
         _cores(machine, physical_cores(root)),
         _governor(machine),
@@ -195,6 +198,13 @@ def _engine(name: str, target: Target, machine: Machine, root: Path) -> list[Che
     checks = importlib.import_module(f"edgeq.backends.{name}.checks")
     here = detect.mismatch(target, machine) is None
     return [_check(*found) for found in checks.findings(target, machine, root, here=here)]
+
+
+def _doubted(found: Check, target: Target) -> Check:
+    """The same without a line that installs what the target does not know to install there."""
+    if target.install_doubt is None or "pip install" not in found.remedy:
+        return found
+    return msgspec.structs.replace(found, remedy=f"none is known: {target.install_doubt}")
 
 
 def _onnx(target: Target, machine: Machine) -> list[Check]:

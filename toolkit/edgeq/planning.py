@@ -121,6 +121,12 @@ def _backend(target: Target, name: str, shape: Model, recipe_name: str) -> tuple
             f"backend {state.name} would suit the device better: {state.reason}" for state in better if not state.builds
         ]
     name = backends.canonical(name)
+    if name not in (*target.backends, "null"):
+        raise UsageFault(
+            f"{target.name} has no backend {name}",
+            why=f"Its backends: {', '.join(target.backends)}; edgeq targets show {target.name} has its notes.",
+            run=f"edgeq build ... --backend {target.backends[0]}",
+        )
     engine = backends.get(name)
     engine.tools(target)
     if target.api != "cpu" and engine.provider(target) == "cpu":
@@ -220,7 +226,7 @@ def _context(shape: Model, wanted: int | None) -> int:
 
 def _notes(model: str, shape: Model, target: Target, backend: str) -> list[str]:
     """What people should know that the result does not show."""
-    notes = []
+    notes = [target.install_doubt] if target.install_doubt else []
     if model.lower() in catalog.names() and Path(model).is_dir():
         notes.append(f"{model} is taken as the folder of that name here, not as the catalogue's model")
     if shape.has_vision:

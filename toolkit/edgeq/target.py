@@ -194,7 +194,10 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One device; `backends` and `recipes` are ordered best first, `host` is its triple (aarch64-linux-gnu)."""
+    """One device; `backends` and `recipes` are ordered best first, `host` is its triple (aarch64-linux-gnu).
+
+    install_doubt: why current releases of its engines may not install there.
+    """
 
     name: str
     title: str
@@ -212,6 +215,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     onnx: Onnx = Onnx()
     mlc: Mlc = Mlc()
     calibration: dict[str, Calibration] = {}
+    install_doubt: str | None = None
     notes: tuple[str, ...] = ()
     sources: tuple[str, ...]
 

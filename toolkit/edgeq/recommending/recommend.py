@@ -206,7 +206,7 @@ def _room(device: Target) -> int | None:
 
 
 def _notes(found: list[Candidate], wanted: Constraints, device: Target) -> tuple[str, ...]:
-    notes = []
+    notes = [device.install_doubt] if device.install_doubt else []
     if device.memory.total_bytes and not device.memory.usable_share:
         notes.append(f"what share of its memory is free for a model is not known: {_USUAL_SHARE:.0%} is assumed")
     if {"vision", "video"} & set(wanted.capability):
