@@ -10,6 +10,7 @@ from edgeq.errors import UsageFault
 from edgeq.estimating import memory
 from edgeq.estimating.estimate import Estimate, estimate
 from edgeq.profiles import Decode, Gaps, Prefill, Profile, Spread
+from edgeq.target import Target
 
 FOUR = recipe.parse("w4g32-e8-rtn-kv16")
 SIXTEEN = recipe.parse("f16-kv16")
@@ -74,7 +75,8 @@ def test_there_are_devices_of_eight_gigabytes() -> None:
 def test_what_is_not_known_is_null_with_its_reason() -> None:
     found = _ask("qwen3-0.6b", "x86-avx2", "w4g32-e8-rtn", "onnx")
     assert (found.decode_tokens_per_s, found.prefill_tokens_per_s, found.first_token_s) == (None, None, None)
-    assert found.decode_reason == found.first_token_reason == "the memory bandwidth of x86-avx2 is not known"
+    assert found.decode_reason == found.first_token_reason
+    assert str(found.decode_reason).startswith("the memory bandwidth of x86-avx2 is not known: edgeq profile BUNDLE")
     assert found.fits is None
     assert found.memory_reason == "the memory of x86-avx2 is not known"
 
@@ -134,6 +136,64 @@ def test_a_measured_prompt_stands_for_an_unknown_peak() -> None:
     assert found.prefill_tokens_per_s.mid == pytest.approx(600, rel=0.01)
 
 
+@pytest.fixture(params=["x86-avx2", "mine"])
+def nameless(request: pytest.FixtureRequest, tmp_path: Path) -> Target:
+    """A target without a bandwidth: a shipped one, and one of somebody's own."""
+    if request.param != "mine":
+        return target.load(request.param)
+    text = (data.folder("targets") / "x86-avx2.toml").read_text(encoding="utf-8")
+    (tmp_path / "mine.toml").write_text(text.replace("x86-avx2", "mine"), encoding="utf-8")
+    return target.load(str(tmp_path / "mine.toml"))
+
+
+def _after(anchor: Profile, model: str, wanted: str, device: Target, depth: int = 0) -> Estimate:
+    size = anchor.bundle.bytes if (model, wanted) == (anchor.model, anchor.recipe) else None
+    return estimate(
+        catalog.load(model).model,
+        model,
+        recipe.parse(wanted),
+        device,
+        anchor.backend,
+        context=4096,
+        depth=depth,
+        weights_bytes=size,
+        anchor=anchor,
+    )
+
+
+def test_an_anchor_stands_for_an_unknown_bandwidth(nameless: Target) -> None:
+    anchor = _measured(nameless.name, 18.0, 90.0)
+    own = _after(anchor, anchor.model, anchor.recipe, nameless, depth=64)
+    assert _mid(own) == pytest.approx(18, rel=0.01)
+    assert own.prefill_tokens_per_s is not None
+    assert own.prefill_tokens_per_s.mid == pytest.approx(90, rel=0.01)
+    assert own.basis.startswith("measured there: qwen3-1.7b w4g32-e8-rtn-kv16; ")
+    assert "; the bandwidth is the anchor's; " in own.basis
+    four, eight = (_after(anchor, "qwen3-4b", f"w{bits}g32-e8-rtn-kv16", nameless) for bits in (4, 8))
+    for found in (four, eight):
+        assert _mid(found) == pytest.approx(18 * 1_100_000_000 / found.weights_bytes, rel=0.1)
+        assert found.prefill_tokens_per_s is not None
+        assert found.prefill_tokens_per_s.mid == pytest.approx(90 * 1.41 / 3.63, rel=0.1)  # billions in the layers
+        assert found.decode_tokens_per_s is not None
+        assert 1.15 < found.decode_tokens_per_s.high / found.decode_tokens_per_s.mid < 1.35
+
+
+def test_an_anchor_faster_than_its_layers_were_thought_to_be_is_followed_too() -> None:
+    anchor = _measured("x86-avx2", 450.0, 9000.0)
+    own = _after(anchor, anchor.model, anchor.recipe, target.load("x86-avx2"), depth=64)
+    assert _mid(own) == pytest.approx(450, rel=0.15)
+    assert own.decode_tokens_per_s is not None
+    assert own.decode_tokens_per_s.low < 450 < own.decode_tokens_per_s.high
+
+
+def test_a_small_anchor_tells_no_bandwidth() -> None:
+    anchor = _measured("x86-avx2", 6000.0, 40000.0)
+    small = msgspec.structs.replace(anchor, bundle=msgspec.structs.replace(anchor.bundle, bytes=2_000_000))
+    found = _after(small, "qwen3-4b", "w4g32-e8-rtn-kv16", target.load("x86-avx2"))
+    assert (found.decode_tokens_per_s, found.prefill_tokens_per_s) == (None, None)
+    assert "qwen3-1.7b w4g32-e8-rtn-kv16 is too small to tell it" in str(found.decode_reason)
+
+
 def test_an_anchor_of_another_device_is_refused() -> None:
     model = catalog.load("qwen3-4b").model
     with pytest.raises(UsageFault, match="measured with llamacpp on jetson-orin-nano-super-8gb"):
@@ -160,3 +220,23 @@ def test_a_target_of_ones_own_is_estimated_by_its_api(tmp_path: Path) -> None:
     assert fitted is not None
     assert found.decode_tokens_per_s is not None
     assert found.decode_tokens_per_s.high / found.decode_tokens_per_s.low > fitted.high / fitted.low
+
+
+@pytest.mark.parametrize("name", ["w16", "f16", "bf16"])
+def test_onnx_reads_widened_matrices_in_four_bytes(name: str) -> None:
+    """Qwen3's shape on a processor, whose overhead of layers is small: as fast as f32, whose file is twice as large."""
+    half, whole = (_ask("qwen3-4b", "raspberry-pi-5-16gb", each, "onnx") for each in (name, "f32"))
+    assert half.weights_bytes == pytest.approx(whole.weights_bytes / 2, rel=0.01)
+    assert _mid(half) == pytest.approx(_mid(whole))
+    plain = _ask("qwen3-4b", "raspberry-pi-5-16gb", f"{name}-kv16")
+    assert _mid(plain) > 1.8 * _mid(half)
+    assert plain.total_bytes < 0.6 * half.total_bytes
+    assert half.total_bytes == half.weights_bytes + half.kv_cache_bytes + half.state_bytes + half.runtime_bytes
+
+
+def test_an_anchor_of_widened_matrices_moved_them_wide() -> None:
+    device = target.load("x86-avx2")
+    anchor = msgspec.structs.replace(_measured("x86-avx2", 5.0, 50.0), recipe="w16", backend="onnx")
+    size = _after(anchor, "qwen3-1.7b", "f32", device).weights_bytes
+    anchor = msgspec.structs.replace(anchor, bundle=msgspec.structs.replace(anchor.bundle, bytes=size // 2))
+    assert _mid(_after(anchor, "qwen3-1.7b", "f32", device, depth=64)) == pytest.approx(5, rel=0.01)

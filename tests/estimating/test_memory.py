@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import pytest
 
 from edgeq import catalog, recipe, size, target
@@ -87,3 +88,34 @@ def test_bytes_of_a_file_replace_the_prediction() -> None:
     model = catalog.load("qwen3-4b").model
     assert memory.needed(model, FOUR, "mlx", context=1, weights_bytes=123).weights_bytes == 123
     assert memory.needed(model, FOUR, "onnx", context=1).weights_bytes == size.weight_bytes(model, FOUR, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "held", "read"),
+    [("w16", 6, 4), ("bf16", 6, 4), ("f32", 8, 4), ("w4g32-e16-rtn", 6, 4), ("w4g32-e8-rtn", None, None)],
+)
+def test_what_onnx_widens(name: str, held: int | None, read: int | None) -> None:
+    """Bytes of a weight of a tied table, which is looked up as it is stored, and copied for the output layer."""
+    model, device, wanted = catalog.load("qwen3-0.6b").model, target.load("pi5"), recipe.parse(name)
+    table = model.vocab * model.hidden
+    others = model.parameters - table if wanted.body.is_float else 0
+    stored = wanted.table.bits // 8
+    found = memory.widened(model, wanted, device, "onnx")
+    if held is None or read is None:
+        assert found == (0, 0)
+        return
+    assert found.held == pytest.approx(table * (held - stored) + others * (4 - stored), rel=0.001)
+    assert found.read == pytest.approx(table * (read - stored) + others * (4 - stored), rel=0.001)
+    assert memory.widened(model, wanted, device, "llamacpp") == (0, 0)
+
+
+def test_an_untied_table_is_looked_up_in_sixteen_bits() -> None:
+    model = dataclasses.replace(catalog.load("qwen3-0.6b").model, tied=False)
+    found = memory.widened(model, recipe.parse("w4g32-e16-rtn"), target.load("pi5"), "onnx")
+    assert found.held == found.read == 2 * model.vocab * model.hidden
+
+
+def test_float16_graphs_widen_nothing() -> None:
+    device = target.load("pi5")
+    cuda = msgspec.structs.replace(device, onnx=msgspec.structs.replace(device.onnx, provider="cuda"))
+    assert memory.widened(catalog.load("qwen3-0.6b").model, recipe.parse("w16"), cuda, "onnx") == (0, 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edgeq import backends, catalog, data, profiles, recipe, target
+from edgeq import backends, catalog, cli, data, profiles, recipe, target
 from edgeq.estimating import anchors
 from edgeq.profiles import Profile
 from edgeq.recommending import candidates
@@ -133,6 +133,30 @@ def test_a_measured_row_of_a_real_model_moves_the_estimates_of_all_others(work: 
     assert speed() == before, "a bundle of some megabytes says nothing about bandwidth"
     save(msgspec.structs.replace(row, bundle=msgspec.structs.replace(row.bundle, bytes=400_000_000)))
     assert speed() < 0.7 * before
+
+
+def test_a_target_without_a_bandwidth_has_speeds_once_one_model_was_measured(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown() -> str:
+        assert cli.main(["recommend", "--target", "x86-avx512-vnni", "--max-memory", "8GB"]) == 0
+        return capsys.readouterr().out
+
+    before = " ".join(shown().split())
+    assert "edgeq build MODEL --target host" in before
+    assert "edgeq profile BUNDLE --save" in before
+    row = demo_row()
+    slow = [
+        msgspec.structs.replace(one, tokens_per_s=msgspec.structs.replace(one.tokens_per_s, median=40.0))
+        for one in row.decode
+    ]
+    bundle = msgspec.structs.replace(row.bundle, bytes=400_000_000)
+    save(msgspec.structs.replace(row, bundle=bundle, model="qwen3-0.6b", decode=tuple(slow)))
+    after = shown()
+    assert "no speed is known" not in after
+    lines = [line for line in after.splitlines() if "qwen3-4b" in line and "estimated" in line]
+    assert lines
+    assert all(line.count("~") == 4 for line in lines), "memory, tokens/s, answer, quality"
 
 
 def test_a_large_bundle_of_an_unknown_model_is_no_anchor_and_no_fault(work: Path) -> None:

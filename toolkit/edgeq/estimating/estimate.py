@@ -71,11 +71,12 @@ def estimate(
     measured of any model on that device and backend, which the estimate follows. Raises UsageFault for an anchor of
     another device or backend, or of a model that is neither in the catalogue nor a demo, and for an unknown runtime.
     """
-    found = memory.needed(model, recipe, backend, context=context, weights_bytes=weights_bytes)
+    held = memory.widened(model, recipe, target, backend).held
+    found = memory.needed(model, recipe, backend, context=context, weights_bytes=weights_bytes, widened=held)
     device = _Device.of(target, rates.canonical(backend))
     if anchor is not None:
-        device = device.anchored(_checked(anchor, target, backend))
-    work = _Work(model, moved(model, recipe, backend, found.weights_bytes, depth), min(PROMPT, context))
+        device = device.anchored(_checked(anchor, target, backend), target)
+    work = _Work(model, moved(model, recipe, target, backend, found.weights_bytes, depth), min(PROMPT, context))
     decode, decode_reason = device.decode(work)
     prefill, prefill_reason = device.prefill(work)
     fits, memory_reason = _fits(found, target)
@@ -107,13 +108,15 @@ def estimate(
     )
 
 
-def moved(model: Model, recipe: Recipe, backend: str, weights_bytes: int, depth: int) -> Moved:
+def moved(model: Model, recipe: Recipe, target: Target, backend: str, weights_bytes: int, depth: int) -> Moved:
     """Bytes that one decoded token moves after `depth` others; a table that is only looked up is not read.
 
-    States are read and written, keys and values of all earlier tokens are read.
+    weights_bytes: of the file, which an engine may widen. States are read and written, keys and values of all earlier
+    tokens are read.
     """
     return Moved(
-        weights=weights_bytes * (1 - _looked_up(model, recipe, backend)),
+        weights=weights_bytes * (1 - _looked_up(model, recipe, backend))
+        + memory.widened(model, recipe, target, backend).read,
         states=2 * memory.recurrent_bytes(model),
         cache=memory.cache_bytes_per_token(model, recipe, backend) * depth,
         k_quant=recipe.body.is_ggml and recipe.body.name.endswith("_k"),
@@ -169,13 +172,17 @@ class _Work:
 
 @dataclass(frozen=True)
 class _Device:
-    """A target under a runtime: bandwidth in bytes per second, peak in operations per second, null where unknown."""
+    """A target under a runtime: bandwidth in bytes per second, peak in operations per second, null where unknown.
+
+    follows: the bandwidth is what an anchor's speed implies.
+    """
 
     name: str
     rate: Rate
     bandwidth: float | None
     peak: float | None
     measured: str | None = None
+    follows: bool = False
 
     @classmethod
     def of(cls, target: Target, backend: str) -> _Device:
@@ -185,18 +192,23 @@ class _Device:
         rate = rates.find(target, backend)
         return cls(target.name, rate, bandwidth.value if bandwidth else None, peak.value if peak else None)
 
-    def anchored(self, anchor: Profile) -> _Device:
-        """The same after a profile was seen: each of its decode figures, then its prompts."""
+    def anchored(self, anchor: Profile, target: Target) -> _Device:
+        """The same after a profile was seen: each of its decode figures, then its prompts.
+
+        The first figure of a bundle that is not too small stands for an unknown bandwidth.
+        """
         found, model, weights = self, _shape(anchor.model), anchor.bundle.bytes
         wanted = parse(anchor.recipe)
         for row in anchor.decode:
+            seconds = 1 / row.tokens_per_s.median
+            read = moved(model, wanted, target, anchor.backend, weights, row.depth + row.tokens // 2)
+            if found.bandwidth is None and weights >= anchors.SMALLEST_BYTES:
+                found = replace(found, bandwidth=found.rate.bandwidth(seconds, read, model.layers), follows=True)
             if found.bandwidth is not None:
-                read = moved(model, wanted, anchor.backend, weights, row.depth + row.tokens // 2)
-                rate = found.rate.measured(1 / row.tokens_per_s.median, read, model.layers, found.bandwidth)
-                found = replace(found, rate=rate)
+                found = replace(found, rate=found.rate.measured(seconds, read, model.layers, found.bandwidth))
         for prompt in anchor.prefill:
             if prompt.depth == 0:
-                work = _Work(model, moved(model, wanted, anchor.backend, weights, 0), prompt.tokens)
+                work = _Work(model, moved(model, wanted, target, anchor.backend, weights, 0), prompt.tokens)
                 found = found._read(work, prompt.tokens / prompt.tokens_per_s.median)
         return replace(found, measured=f"{anchor.model} {anchor.recipe}")
 
@@ -208,25 +220,35 @@ class _Device:
 
     def decode(self, work: _Work) -> tuple[Range | None, str | None]:
         if self.bandwidth is None:
-            return None, f"the memory bandwidth of {self.name} is not known"
+            return None, self._unknown_bandwidth()
         return self.rate.decode(work.moved, work.model.layers, self.bandwidth), None
 
     def prefill(self, work: _Work) -> tuple[Range | None, str | None]:
-        if self.bandwidth is None or self.peak is None:
-            missing = "memory bandwidth" if self.bandwidth is None else "peak arithmetic"
-            return None, f"the {missing} of {self.name} is not known"
+        if self.bandwidth is None:
+            return None, self._unknown_bandwidth()
+        if self.peak is None:
+            return None, f"the peak arithmetic of {self.name} is not known"
         runs = self.rate.prefill(work.operations, self.peak, work.moved, work.model.layers, self.bandwidth)
         return Range(*(work.prompt * each for each in (runs.low, runs.mid, runs.high))), None
+
+    def _unknown_bandwidth(self) -> str:
+        so_far = f", and {self.measured} is too small to tell it" if self.measured else ""
+        return (
+            f"the memory bandwidth of {self.name} is not known{so_far}: edgeq profile BUNDLE --save there measures it"
+        )
 
     def basis(self, work: _Work) -> str:
         """Which data, and the formula with its numbers."""
         rate, shares = self.rate, self.rate.shares
         words = ([f"measured there: {self.measured}"] if self.measured else []) + [rate.source]
         if self.bandwidth is not None:
+            reached = f"({self.bandwidth / 1e9:g} GB/s x {rate.eta:.2f})"
+            if self.follows:
+                words.append("the bandwidth is the anchor's")
+                reached = f"{self.bandwidth * rate.eta / 1e9:.3g} GB/s"
             words.append(
                 f"decode = (weights + states / {math.exp(shares.states):.2f} + cache / {math.exp(shares.cache):.2f})"
-                f" / ({self.bandwidth / 1e9:g} GB/s x {rate.eta:.2f}) + {work.model.layers} layers"
-                f" x {rate.layer_s * 1e6:.0f} us"
+                f" / {reached} + {work.model.layers} layers x {rate.layer_s * 1e6:.0f} us"
             )
         if self.bandwidth is not None and self.peak is not None:
             words.append(f"prefill = operations / ({self.peak / 1e12:.3g} TFLOP/s x {math.exp(rate.log_compute):.2f})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from edgeq import size
 from edgeq.model import Model
@@ -34,18 +35,27 @@ class Needed:
         return self.weights_bytes + self.kv_cache_bytes + self.state_bytes + self.runtime_bytes
 
 
-def needed(model: Model, recipe: Recipe, backend: str, *, context: int, weights_bytes: int | None = None) -> Needed:
+class Widened(NamedTuple):
+    """Bytes beyond the file's that an engine holds, and that each token reads, of matrices that it widens."""
+
+    held: int
+    read: int
+
+
+def needed(
+    model: Model, recipe: Recipe, backend: str, *, context: int, weights_bytes: int | None = None, widened: int = 0
+) -> Needed:
     """Bytes that a model needs under a recipe with room for `context` tokens; `weights_bytes` replaces the prediction.
 
     Keys and values are of full-attention layers only, in the recipe's bits; delta nets keep a state, whatever the
-    context. A tied table counts once.
+    context. A tied table counts once. `widened` bytes, held beyond the file's, count as the engine's.
     """
     per_token = cache_bytes_per_token(model, recipe, backend)
     return Needed(
         weights_bytes=_weights(model, recipe, backend) if weights_bytes is None else weights_bytes,
         kv_cache_bytes=math.ceil(per_token * context),
         state_bytes=state_bytes(model),
-        runtime_bytes=_PROCESS_BYTES + activation_bytes(model, min(CHUNK, context)),
+        runtime_bytes=_PROCESS_BYTES + activation_bytes(model, min(CHUNK, context)) + widened,
         cache_bytes_per_token=per_token,
     )
 
@@ -55,6 +65,23 @@ def _weights(model: Model, recipe: Recipe, backend: str) -> int:
     if recipe.mixed_bits is not None and not recipe.chosen:
         return int(model.parameters * recipe.mixed_bits) // 8
     return size.weight_bytes(model, recipe, scale_bits(recipe, backend))
+
+
+def widened(model: Model, recipe: Recipe, target: Target, backend: str) -> Widened:
+    """What ONNX Runtime adds: a graph in float32, which all but CUDA's are, gets float32 copies of float matrices.
+
+    They replace what they are made of when loading, but a table that is looked up stays, beside its copy when tied.
+    """
+    held = read = 0
+    if backend == "onnx" and target.onnx.provider != "cuda":
+        for name, shape in model.tensors().items():
+            looked_up = name == size.TABLES[0]
+            if not size.is_quantized(name) or (looked_up and not model.tied):
+                continue
+            if (layout := size.layout_of(model, recipe, name)).is_float:
+                read += math.prod(shape) * (8 * _FLOAT - layout.bits) // 8
+                held += math.prod(shape) * (8 * _FLOAT - (0 if looked_up else layout.bits)) // 8
+    return Widened(held, read)
 
 
 def largest_context(model: Model, found: Needed, usable_bytes: int) -> int:

@@ -92,6 +92,11 @@ class Rate:
         variance += (to_cache * self.shares.cache_sd) ** 2 + self.shares.figure_sd**2
         return around(1 / self.decode_s(moved, layers, bandwidth), math.sqrt(variance))
 
+    def bandwidth(self, seconds: float, moved: Moved, layers: int) -> float:
+        """Bandwidth at which a token takes `seconds`, if at least half of them are not the layers' overhead."""
+        reading, cache, overhead = self._parts(moved, layers, 1.0)
+        return (reading + cache) / max(seconds - overhead, seconds / 2)
+
     def prefill(self, operations: float, peak: float, moved: Moved, layers: int, bandwidth: float) -> Range:
         """Runs per second of a chunk of a prompt that takes so many operations and reads the weights once."""
         arithmetic = operations / (peak * math.exp(self.log_compute))

@@ -175,7 +175,10 @@ def _notes(found: list[Candidate], wanted: Constraints, device: Target) -> tuple
     if {"vision", "video"} & set(wanted.capability):
         notes.append("edgeq builds the text model alone: the vision tower is left out of memory and speed")
     if not any(each.decode_tokens_per_s and each.quality for each in found):
-        notes.append("no speed is known here, so the choice is a cautious one; edgeq profile --save on it measures")
+        notes.append(
+            "no speed is known here, so the choice is a cautious one; one measured model gives all of them: on the "
+            "device, edgeq build MODEL --target host (or the target's file), then edgeq profile BUNDLE --save"
+        )
     if not any(each.evidence == "measured" and each.quality for each in found):
         notes.append(
             "nothing was measured on this target: all figures are estimates; edgeq profile --save replaces them"
