@@ -34,7 +34,8 @@ def front(document: Recommendation) -> str:
         elif each.front:
             mark = _LETTERS[len(legend) % len(_LETTERS)]
         if mark != _OTHER:
-            legend.append(f"{mark} {each.title}: {_speed(each):.1f} tokens/s, quality {each.score:.1f}")
+            about = "" if each.evidence == "measured" else "~"
+            legend.append(f"{mark} {each.title}: {about}{_speed(each):.1f} tokens/s, quality ~{each.score:.1f}")
         grid[_HEIGHT - 1 - up.place(each.score or 0.0)][across.place(math.log(_speed(each)))] = mark
     labels = {0: f"{up.high:.0f}", _HEIGHT - 1: f"{up.low:.0f}"}
     rows = [f"{labels.get(index, ''):>8} |{''.join(row).rstrip()}" for index, row in enumerate(grid)]
