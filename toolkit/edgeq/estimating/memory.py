@@ -36,7 +36,7 @@ class Needed:
 
 
 class Widened(NamedTuple):
-    """Bytes beyond the file's that an engine holds, and that each token reads, of matrices that it widens."""
+    """Bytes beyond the file's that an engine holds at most, and that each token reads, of matrices that it widens."""
 
     held: int
     read: int
@@ -70,7 +70,8 @@ def _weights(model: Model, recipe: Recipe, backend: str) -> int:
 def widened(model: Model, recipe: Recipe, target: Target, backend: str) -> Widened:
     """What ONNX Runtime adds: a graph in float32, which all but CUDA's are, gets float32 copies of float matrices.
 
-    They replace what they are made of when loading, but a table that is looked up stays, beside its copy when tied.
+    Each is widened, then transposed, and both copies are alive until loading ends; float32 is transposed alone. A
+    table that is looked up stays, beside its copies when tied; all else takes the place of what it is made of.
     """
     held = read = 0
     if backend == "onnx" and target.onnx.provider != "cuda":
@@ -79,8 +80,10 @@ def widened(model: Model, recipe: Recipe, target: Target, backend: str) -> Widen
             if not size.is_quantized(name) or (looked_up and not model.tied):
                 continue
             if (layout := size.layout_of(model, recipe, name)).is_float:
-                read += math.prod(shape) * (8 * _FLOAT - layout.bits) // 8
-                held += math.prod(shape) * (8 * _FLOAT - (0 if looked_up else layout.bits)) // 8
+                values, stored = math.prod(shape), layout.bits // 8
+                copies = 1 if stored == _FLOAT else 2
+                read += values * (_FLOAT - stored)
+                held += values * (copies * _FLOAT - (0 if looked_up else stored))
     return Widened(held, read)
 
 

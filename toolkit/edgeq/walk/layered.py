@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -133,6 +135,12 @@ class Layered:
             del layer.forward
         inner.norm = norm
         return found
+
+
+def give_back() -> None:
+    """Return what the process freed to the system, as far as the C library can (glibc)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _assign(module: Any, name: str, value: Any) -> None:

@@ -16,7 +16,7 @@ from edgeq.quantize.solve import joined, require_finite, worst_loss
 from edgeq.recipe import Recipe
 from edgeq.size import layout_of
 from edgeq.walk import head
-from edgeq.walk.layered import Layered
+from edgeq.walk.layered import Layered, give_back
 from edgeq.walk.moments import moments, recorded, stages
 from edgeq.walk.states import States
 
@@ -99,6 +99,7 @@ def _solve(
     """
     import torch
 
+    give_back()
     outputs, inputs = model.checkpoint.model.tensors()[names[0]]
     through = None
     if exact is not None and len(names) == 1 and outputs < inputs:
