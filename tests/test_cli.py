@@ -290,6 +290,23 @@ def test_json_has_a_short_form(capsys: pytest.CaptureFixture[str], words: list[s
     assert len(json.loads(run(capsys, "targets", "list", *words)[1])) >= 4
 
 
+@pytest.mark.parametrize("word", ["-f", "--format"])
+def test_another_format_is_refused_with_the_one_there_is(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    code, _, err = run(capsys, "targets", "list", word, "xml")
+    assert (code, "'xml' is not a format" in err, "--json" in err) == (2, True, True), err
+
+
+def test_piped_tables_have_no_spaces_at_the_end_and_no_wide_gaps(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = run(capsys, "targets", "show", "pi5")[1].splitlines()
+    assert not any(line.endswith(" ") or " " * 80 in line for line in lines)
+    assert any(line.startswith("memory.total_bytes ") and line.endswith("LPDDR4X-4267 SDRAM") for line in lines)
+
+
+def test_predicted_sizes_of_a_model_start_with_a_tilde(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = (line for line in run(capsys, "models", "show", "qwen3-0.6b")[1].splitlines() if line.startswith("w16 "))
+    assert row.count("iB") == row.count(", ~") > 0
+
+
 def test_every_shipped_target_is_valid(capsys: pytest.CaptureFixture[str]) -> None:
     code, printed, _ = run(capsys, "targets", "validate")
     assert code == 0

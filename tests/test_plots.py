@@ -40,6 +40,14 @@ def test_the_choice_the_front_and_the_others_have_marks_of_their_own() -> None:
     assert "40 |" in picture
 
 
+def test_the_legend_tells_estimates_from_what_was_measured() -> None:
+    choice = candidate(score=80, tps=10, verdict="chosen", front=True, evidence="measured")
+    quick = candidate("qwen3-0.6b", score=40, tps=100, verdict="eligible", front=True)
+    legend = plots.front(document(choice, quick)).splitlines()
+    assert any(line.startswith("* ") and line.endswith(": 10.0 tokens/s, quality ~80.0") for line in legend)
+    assert any(line.startswith("a ") and line.endswith(": ~100.0 tokens/s, quality ~40.0") for line in legend)
+
+
 def test_one_point_is_a_plot_too() -> None:
     assert "*" in plots.front(document(candidate(verdict="chosen", front=True)))
 

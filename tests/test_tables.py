@@ -3,7 +3,7 @@ from __future__ import annotations
 from io import StringIO
 
 import msgspec
-from rich.console import Console
+from rich.console import Console, Group
 
 from edgeq import tables
 from edgeq.profiles import Speculation
@@ -22,6 +22,15 @@ def test_speculation_is_a_row_of_its_own_with_plain_decoding_beside_it() -> None
     assert tables._speculation(differing).endswith(
         "a step; 25% of the continuations differ; 1 of 4 continuations were undisturbed"
     )
+
+
+def test_plain_text_aligns_short_cells_and_lets_long_ones_be_long() -> None:
+    table = tables._facts(("a", "one\ntwo"), ("long name", "x" * 100))
+    assert tables.plain(Group(table, "", "end")) == f"a          one\n           two\nlong name  {'x' * 100}\n\nend"
+    wide = tables._table("name", "value", "source")
+    wide.add_row("n", "v" * 100, "s")
+    wide.add_row("nn", "v", "s")
+    assert tables.plain(wide).splitlines() == ["name  value  source", f"n     {'v' * 100}  s", "nn    v      s"]
 
 
 def test_a_recommendation_shows_estimates_with_a_tilde_and_measured_figures_without() -> None:

@@ -12,7 +12,7 @@ import pytest
 import calibrations
 import edgeq
 from edgeq import catalog, cli, data, target
-from edgeq.errors import UsageFault
+from edgeq.errors import CorruptInput, UsageFault
 from edgeq.estimating import asked, published
 from edgeq.estimating.published import Row
 
@@ -79,6 +79,77 @@ def test_auto_takes_what_the_backend_holds() -> None:
 def test_impossible_questions(options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageFault, match=message):
         asked.ask("qwen3-0.6b", target="jetson", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("backend", "recipe_name", "remedy"),
+    [
+        ("mlc", "q4_k-eq6_k-rtn", "--backend llamacpp"),
+        ("mlc", "w4g32-e8-rtn-kv8", "--recipe w4g32-e8-rtn-kv16"),
+        ("mlc", "Q4_K_M", "--backend llamacpp"),
+        ("llamacpp", "w4g128-e8-rtn", "--recipe w4g32-e8-rtn"),
+        ("mlc", "mix4.5-guided", "--backend onnx"),
+        ("onnx", "w4g32-e8-rtn-kv16", "--recipe w4g32-e8-rtn-kv8"),
+        ("onnx", "w2g16-e8-rtn", "--recipe w2g32-e8-rtn"),
+        ("onnx", "Q4_K_M", "--backend llamacpp"),
+    ],
+)
+def test_what_cannot_be_built_is_not_estimated(backend: str, recipe_name: str, remedy: str) -> None:
+    with pytest.raises(UsageFault) as caught:
+        asked.ask("qwen3-0.6b", target="jetson", backend=backend, recipe_name=recipe_name)
+    assert caught.value.run.startswith(f"edgeq estimate ... {remedy}")
+
+
+@pytest.mark.parametrize(
+    ("device", "runtime", "api"),
+    [
+        ("pi4", "mlx", "cpu"),
+        ("pi4", "tensorrt-edge-llm", "cpu"),
+        ("iphone-17-pro", "tensorrt-edge-llm", "metal"),
+        ("apple-m1", "vllm", "metal"),
+    ],
+)
+def test_a_runtime_is_estimated_where_figures_of_its_api_are(device: str, runtime: str, api: str) -> None:
+    with pytest.raises(UsageFault, match=f"no published figures of {runtime} on {api}") as caught:
+        asked.ask("qwen3-0.6b", target=device, backend=runtime)
+    assert "llamacpp" in caught.value.why
+
+
+def test_a_hub_id_of_the_catalogue_needs_no_network() -> None:
+    assert asked.ask("Qwen/Qwen3-0.6B", target="jetson", offline=True) == asked.ask("qwen3-0.6b", target="jetson")
+
+
+def test_a_file_in_a_checkpoint_is_told_from_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("model", "config.json").touch()
+    with pytest.raises(UsageFault, match="is a file") as caught:
+        asked.ask("model/config.json", target="jetson")
+    assert caught.value.run == "the same command with model"
+
+
+@pytest.mark.parametrize("size", [1, 400_000, 1 << 60])
+def test_a_size_that_cannot_be_the_models_is_refused(size: int) -> None:
+    with pytest.raises(UsageFault, match=f"--weights-bytes {size} is not possible"):
+        asked.ask("qwen3-0.6b", target="jetson", weights_bytes=size)
+
+
+@pytest.mark.parametrize("text", ["400MB", "400000000"])
+def test_the_size_of_a_file_is_written_like_other_sizes(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["estimate", "qwen3-0.6b", "-t", "jetson", "--weights-bytes", text, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights_bytes"] == 400_000_000
+
+
+def test_an_unknown_quantization_is_told_the_published_ones() -> None:
+    with pytest.raises(UsageFault, match=r"Published quantizations: .*q4_k_m"):
+        asked.ask("qwen3-0.6b", target="jetson", recipe_name="Q4_K_X")
+
+
+def test_an_anchor_that_is_no_profile_has_a_remedy(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(CorruptInput) as caught:
+        asked.ask("qwen3-0.6b", target="jetson", anchor=tmp_path / "report.json")
+    assert caught.value.run == "edgeq profile BUNDLE --save"
 
 
 @pytest.mark.parametrize("words", [["qwen3-0.6b"], ["qwen3-0.6b", "--json"], ["demo-qwen3", "--backend", "mlc"]])

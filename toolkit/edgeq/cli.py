@@ -15,8 +15,6 @@ import typer
 from edgeq.errors import EdgeqError, Interrupted, InvalidMeasurement, UsageFault, from_system
 from edgeq.version import VERSION
 
-_PIPE_COLUMNS = 1000
-
 app = typer.Typer(
     name="edgeq",
     help="Quantize, build, check and measure small Qwen models for edge devices.",
@@ -200,7 +198,9 @@ def estimate(
     ] = "auto",
     context: Annotated[str | None, typer.Option("--context", "-c", help="Tokens of context, such as 4k.")] = None,
     depth: Annotated[str, typer.Option("--depth", "-d", help="Tokens in the cache when decoding.")] = "0",
-    weights_bytes: Annotated[int | None, typer.Option(min=1, help="Size of a file that exists already.")] = None,
+    weights_bytes: Annotated[
+        str | None, typer.Option(help="Size of a file that exists already, in bytes or such as 450MB.")
+    ] = None,
     anchor: Annotated[Path | None, typer.Option(help="Profile of any model on that device and backend.")] = None,
     offline: Offline = False,
     json: Json = False,
@@ -217,7 +217,7 @@ def estimate(
         backend=backend,
         context=None if context is None else units.parse_tokens(context),
         depth=0 if depth == "0" else units.parse_tokens(depth),
-        weights_bytes=weights_bytes,
+        weights_bytes=None if weights_bytes is None else _size(weights_bytes),
         anchor=anchor,
         offline=offline,
     )
@@ -346,6 +346,10 @@ def _long(words: list[str]) -> list[str]:
     for word in words:
         if word == "json" and found[-1:] in (["-f"], ["--format"]):
             found[-1] = "--json"
+        elif found[-1:] in (["-f"], ["--format"]):
+            raise UsageFault(
+                f"{word!r} is not a format", why="Documents are tables or JSON.", run="the same with --json"
+            )
         else:
             found.append(word)
     return found
@@ -367,10 +371,13 @@ def _show(document: object, json: bool, table: Callable[[Any], Any]) -> None:
         return
     from rich.console import Console
 
+    from edgeq import tables
+
     console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = _PIPE_COLUMNS
-    console.print(table(document))
+    if console.is_terminal:
+        console.print(table(document))
+    else:
+        typer.echo(tables.plain(table(document)))
 
 
 @contextmanager
@@ -411,6 +418,13 @@ def _numbers(text: str) -> tuple[int, ...]:
     if not all(word.strip().isdecimal() for word in words):
         raise UsageFault(f"{text!r} is not a list of numbers such as 128,512")
     return tuple(map(int, words))
+
+
+def _size(text: str) -> int:
+    """Bytes in `450MB`, or as a bare number."""
+    from edgeq import units
+
+    return units.parse_bytes(f"{text}B" if text.strip().isdecimal() else text)
 
 
 def _need(value: str | None, word: str, run: str) -> None:

@@ -11,12 +11,12 @@ from edgeq import target as targets
 from edgeq.accelerators import Accelerator
 from edgeq.errors import MissingTool, UsageFault
 from edgeq.machine import Machine, this_machine
-from edgeq.target import HOST, BackendName, Cpu, Figure, Gpu, Match, Memory, Mlc, Onnx, Target
+from edgeq.target import HOST, Cpu, Figure, Gpu, Match, Memory, Mlc, Onnx, Target
 
 READ_HERE = "read from the machine itself"
 _SMALLEST_RAM_SHARE = 0.8  # firmware and graphics take the rest before the system counts it
 _RECIPES = ("w4g32-e8-rtn", "w8g32-e8-rtn", "w4g32-e4-rtn", "w16")
-_BACKENDS: dict[str, tuple[BackendName, ...]] = {
+_BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("onnx", "llamacpp", "mlc"),
     "cuda": ("llamacpp", "mlc", "onnx"),
     "metal": ("llamacpp", "mlc", "onnx"),

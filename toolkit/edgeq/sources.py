@@ -68,12 +68,15 @@ def shape(name: str, *, offline: bool) -> tuple[str, Model]:
 def configured(name: str, *, offline: bool) -> tuple[str, Model]:
     """Short name and shape of what `shape` knows, from `config.json` alone: a folder needs no weights.
 
+    What the catalogue has needs no network, by its hub id either.
+
     Raises what `shape` raises.
     """
     if (local := _local(name)) is not None:
         path = local.folder / "config.json"
         return local.short_name, read_config(strict_object(read_capped(path, JSON_CAP), str(path)))
-    return _elsewhere(name, offline)
+    known = next((each for each in catalog.entries() if each.hub.lower() == name.lower()), None)
+    return _elsewhere(known.name if known else name, offline)
 
 
 def _elsewhere(name: str, offline: bool) -> tuple[str, Model]:
@@ -99,6 +102,9 @@ def _on_hub(model: str) -> tuple[str, str | None]:
     """Repository and revision of a catalogue name or a hub id; raises UsageFault for any other word."""
     if model.lower() in catalog.names():
         return catalog.load(model).hub, None
+    if _is_file(model):
+        folder = data.readable(Path(model).parent)
+        raise UsageFault(f"{model} is a file", why="A checkpoint is a folder.", run=f"the same command with {folder}")
     if match := _HUB_ID.fullmatch(model):
         return match["repo"], match["revision"]
     raise UsageFault(
@@ -118,6 +124,13 @@ def _folder(model: str) -> Path | None:
         return path.resolve() if model and path.is_dir() else None
     except (RuntimeError, ValueError):
         return None
+
+
+def _is_file(model: str) -> bool:
+    try:
+        return Path(model).expanduser().is_file()
+    except (RuntimeError, ValueError):
+        return False
 
 
 def _readable(name: str) -> str:

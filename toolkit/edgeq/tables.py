@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
+from rich.cells import cell_len
+from rich.console import Group, RenderableType
+from rich.control import strip_control_codes
 from rich.table import Table
 
 from edgeq.sources import DEMOS
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from edgeq.sheets import Detection, ModelSheet, PlanSheet
     from edgeq.target import Target
     from edgeq.verifying import Verified
+
+PIPED_CELL = 60
 
 
 def built(document: Built) -> Table:
@@ -354,6 +359,28 @@ def _seconds(value: float | None) -> str:
 
 def _rate(spread: Spread) -> str:
     return f"{spread.median:.1f} [{spread.low:.1f}, {spread.high:.1f}]"
+
+
+def plain(shown: RenderableType) -> str:
+    """Text of a table for a pipe: cells are padded to `PIPED_CELL` columns at most, lines have no spaces at the end."""
+    if isinstance(shown, Group):
+        return "\n".join(map(plain, shown.renderables))
+    if not isinstance(shown, Table):
+        return strip_control_codes(str(shown))
+    rows = list(zip(*(column.cells for column in shown.columns), strict=True))
+    if shown.show_header:
+        rows.insert(0, tuple(column.header for column in shown.columns))
+    lines = [line for row in rows for line in zip_longest(*(str(cell).split("\n") for cell in row), fillvalue="")]
+    widths = [
+        max((width for width in map(cell_len, column) if width <= PIPED_CELL), default=0)
+        for column in zip(*lines, strict=True)
+    ]
+    return "\n".join(
+        strip_control_codes(
+            "  ".join(cell + " " * (width - cell_len(cell)) for cell, width in zip(line, widths, strict=True)).rstrip()
+        )
+        for line in lines
+    )
 
 
 def _table(*columns: str) -> Table:

@@ -12,7 +12,7 @@ from edgeq import data, recipe
 from edgeq.errors import CorruptInput, UsageFault
 
 Api = Literal["cuda", "metal", "vulkan", "webgpu", "cpu"]
-BackendName = Literal["onnx", "llamacpp", "mlc", "null"]
+BACKENDS = ("onnx", "llamacpp", "mlc", "null")
 DeviceClass = Literal["jetson", "sbc", "phone", "handheld", "mac", "laptop", "mini-pc", "computer", "server", "browser"]
 CodeGenerator = Literal["llvm", "cuda", "metal", "opencl", "webgpu", "vulkan"]
 HOST = "host"
@@ -209,7 +209,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     memory: Memory
     gpu: Gpu | None = None
     match: Match
-    backends: tuple[BackendName, ...]
+    backends: tuple[str, ...]
     recipes: tuple[str, ...]
     llamacpp: LlamaCpp = LlamaCpp()
     onnx: Onnx = Onnx()
@@ -229,6 +229,9 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise ValueError(f"api {self.api!r} needs a [gpu] table")
         if not self.backends or not self.recipes:
             raise ValueError("backends and recipes each need one name at least")
+        for name in self.backends:
+            if name not in BACKENDS:
+                raise ValueError(f"{name!r} is not a backend. {data.near(name, BACKENDS)}")
         self._check_mlc()
         for name in self.recipes:
             try:

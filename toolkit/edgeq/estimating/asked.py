@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 
 from edgeq import backends, data, detect, profiles, recipe, size, sources
-from edgeq.errors import UsageFault
-from edgeq.estimating import anchors, formats, rates
+from edgeq.errors import CorruptInput, UnsupportedModel, UsageFault
+from edgeq.estimating import anchors, formats, published, rates
 from edgeq.estimating.estimate import Estimate, estimate
 from edgeq.model import Model
 from edgeq.profiles import Profile
@@ -16,6 +16,9 @@ from edgeq.recipe import Recipe
 from edgeq.target import Target
 
 CONTEXT = 4096
+_PROFILE = "edgeq profile BUNDLE --save"
+BITS_PER_WEIGHT = (1, 64)
+"""Of a file: what is outside is no size of this model, its vision tower counted."""
 
 
 def ask(
@@ -36,11 +39,16 @@ def ask(
     holds, for a file of `weights_bytes` what has its bits, for other runtimes a usual one. backend: also a runtime with
     published figures; auto: the target's first. anchor: file of a profile, else the largest model that was measured on
     the target is taken.
-    Raises UsageFault for unknown words and what `sources.configured`, `profiles.read` and `estimate` raise.
+    Raises UsageFault for unknown words, for a recipe that the backend cannot hold, for a runtime without figures of the
+    target's API and for a size that cannot be the model's; UnsupportedModel for a model that the backend does not run;
+    and what `sources.configured`, `profiles.read` and `estimate` raise.
     """
     device = detect.resolve(target)
     name, shape = sources.configured(model, offline=offline)
     runtime = rates.canonical(device.backends[0] if backend == "auto" else backend)
+    _check_runtime(device, runtime)
+    if weights_bytes is not None:
+        _check_size(shape, name, weights_bytes)
     tokens = min(CONTEXT, shape.context) if context is None else context
     if not 0 <= depth <= tokens <= shape.context:
         raise UsageFault(
@@ -49,9 +57,10 @@ def ask(
         )
     if recipe_name == "auto" and weights_bytes is None and runtime not in backends.NAMES:
         recipe_name = formats.usual(runtime)
-    published = formats.weight_bytes(shape, recipe_name)
-    if published:
+    published_bytes = formats.weight_bytes(shape, recipe_name)
+    if published_bytes:
         wanted = recipe.parse(formats.recipe_like(recipe_name))
+        _check_blocks(wanted, recipe_name, runtime)
     elif recipe_name == "auto" and weights_bytes is not None:
         wanted = recipe.parse(formats.recipe_like(formats.name_of_size(shape, weights_bytes)))
     else:
@@ -64,10 +73,10 @@ def ask(
         runtime,
         context=tokens,
         depth=depth,
-        weights_bytes=published if weights_bytes is None else weights_bytes,
+        weights_bytes=published_bytes if weights_bytes is None else weights_bytes,
         anchor=_anchor(device, runtime) if anchor is None else _read(anchor),
     )
-    return msgspec.structs.replace(found, recipe=recipe_name) if published else found
+    return msgspec.structs.replace(found, recipe=recipe_name) if published_bytes else found
 
 
 def _anchor(target: Target, runtime: str) -> Profile | None:
@@ -76,15 +85,72 @@ def _anchor(target: Target, runtime: str) -> Profile | None:
 
 def _read(path: Path) -> Profile:
     if not path.is_file():
-        raise UsageFault(f"{data.readable(path)}: no such profile", run="edgeq profile BUNDLE --save")
-    return profiles.read(path)
+        raise UsageFault(f"{data.readable(path)}: no such profile", run=_PROFILE)
+    try:
+        return profiles.read(path)
+    except CorruptInput as fault:
+        raise CorruptInput(fault.what, why=fault.why, run=_PROFILE) from fault
+
+
+def _check_runtime(target: Target, runtime: str) -> None:
+    """Raise UsageFault for a runtime of others without a figure of the device, its family or its API."""
+    if runtime in (*backends.NAMES, *target.calibration):
+        return
+    api = rates.api_of(target, runtime)
+    able = {row.runtime for row in published.read().rows if row.api == api}
+    if runtime not in able:
+        known = sorted(able | {*target.backends, *target.calibration})
+        raise UsageFault(
+            f"there are no published figures of {runtime} on {api}, which {target.name} has",
+            why=f"Estimated there: {', '.join(known)}.",
+            run=f"edgeq estimate ... --target {target.name} --backend {target.backends[0]}",
+        )
+
+
+def _check_size(shape: Model, name: str, weights_bytes: int) -> None:
+    bits, (least, most) = 8 * weights_bytes / shape.parameters, BITS_PER_WEIGHT
+    if not least <= bits <= most:
+        raise UsageFault(
+            f"--weights-bytes {weights_bytes} is not possible",
+            why=f"{name} has {shape.parameters / 1e9:.3g} billion weights: that is {bits:.2g} bits for each.",
+            run="edgeq estimate ... --weights-bytes BYTES, or a size such as 450MB",
+        )
+
+
+def _check_blocks(wanted: Recipe, name: str, runtime: str) -> None:
+    """Raise UsageFault for a published quantization in GGML's blocks and a backend that does not know these."""
+    if wanted.body.is_ggml and runtime in ("onnx", "mlc"):
+        raise UsageFault(f"{name}: {runtime} does not know GGML's layouts", run="edgeq estimate ... --backend llamacpp")
+
+
+def _check_held(shape: Model, wanted: Recipe, runtime: str) -> None:
+    """Raise what a build with the backend would for a recipe that it cannot hold, in words of an estimate."""
+    try:
+        size.check_groups(shape, wanted)
+        if runtime in backends.NAMES:
+            engine = backends.get(runtime)
+            if wanted.mixed and not engine.MIXED:
+                raise UsageFault(
+                    f"{wanted}: {runtime} has one layout for all matrices", run="edgeq build ... --backend onnx"
+                )
+            engine.check(shape, wanted)
+    except (UsageFault, UnsupportedModel) as fault:
+        raise type(fault)(fault.what, why=fault.why, run=fault.run.replace("edgeq build", "edgeq estimate")) from fault
+
+
+def _parse(name: str) -> Recipe:
+    try:
+        return recipe.parse(name)
+    except UsageFault as fault:
+        known = ", ".join(formats.NAMES)
+        raise UsageFault(fault.what, why=f"{fault.why} Published quantizations: {known}.", run=fault.run) from fault
 
 
 def _recipe(shape: Model, target: Target, runtime: str, name: str) -> Recipe:
     """Recipe by name, or the target's first that the backend holds: `onnx` keeps no cache in 16 bits."""
     if name != "auto":
-        wanted = recipe.parse(name)
-        size.check_groups(shape, wanted)
+        wanted = _parse(name)
+        _check_held(shape, wanted, runtime)
         return wanted
     suited = [each for each in map(recipe.parse, target.recipes) if runtime != "onnx" or each.kv_bits != 16]
     return next((each for each in suited if size.divides(shape, each)), recipe.parse("w16"))

@@ -10,7 +10,7 @@ import msgspec
 
 from edgeq import size, sources
 from edgeq.errors import UsageFault
-from edgeq.estimating import anchors, memory, rates
+from edgeq.estimating import anchors, doubts, memory, rates
 from edgeq.estimating.speed import Moved, Range, Rate
 from edgeq.model import Model
 from edgeq.profiles import Profile
@@ -74,6 +74,7 @@ def estimate(
     held = memory.widened(model, recipe, target, backend).held
     found = memory.needed(model, recipe, backend, context=context, weights_bytes=weights_bytes, widened=held)
     device = _Device.of(target, rates.canonical(backend))
+    unsure = doubts.of(target, rates.canonical(backend), device.rate.source) if anchor is None else []
     if anchor is not None:
         device = device.anchored(_checked(anchor, target, backend), target)
     work = _Work(model, moved(model, recipe, target, backend, found.weights_bytes, depth), min(PROMPT, context))
@@ -104,7 +105,7 @@ def estimate(
         decode_reason=decode_reason,
         first_token_s=None if prefill is None else work.prompt / prefill.mid,
         first_token_reason=prefill_reason,
-        basis=device.basis(work),
+        basis="; ".join([device.basis(work), *unsure]),
     )
 
 
