@@ -61,3 +61,10 @@ def test_any_text_is_a_size_or_a_usage_fault(text: str) -> None:
 )
 def test_sizes_are_shown_in_binary_units(count: int | None, text: str) -> None:
     assert units.show_bytes(count) == text
+
+
+def test_shares_are_read_as_people_write_them() -> None:
+    assert units.parse_share("0.05") == units.parse_share(" 5% ") == 0.05
+    for text in ("", "%", "five", "5%%"):
+        with pytest.raises(UsageFault, match=r"0\.05 or 5%"):
+            units.parse_share(text)

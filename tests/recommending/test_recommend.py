@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 import edgeq
-from edgeq import catalog, planning, target, units
+from edgeq import catalog, planning, tables, target, units
 from edgeq.errors import NothingFits, UsageFault
 from edgeq.estimating import asked
 from edgeq.recommending import recommend
@@ -199,6 +199,14 @@ def test_a_context_that_does_not_fit_is_remedied_by_one_that_does() -> None:
     assert words[:4] == ["edgeq", "recommend", "...", "--context"]
     assert recommend.recommend("jetson", context=int(words[4]), **only).choice is not None
     assert recommend.recommend("jetson", context=int(words[4]) + 4096, **only).choice is None
+
+
+def test_the_models_own_limit_is_no_estimate() -> None:
+    own, fitting = (asked.ask(name, target="jetson") for name in ("qwen3-0.6b", "qwen3.5-4b"))
+    assert tables._fitting(own) == "32768 tokens fit, the model's own limit"
+    assert fitting.max_context is not None
+    assert fitting.max_context < fitting.model_context
+    assert tables._fitting(fitting) == f"~{fitting.max_context} tokens fit"
 
 
 def test_estimates_read_no_more_than_the_catalogue_lists() -> None:

@@ -259,7 +259,7 @@ def recommend(
     max_ttft: Annotated[float | None, typer.Option(help="Most seconds to the first token of a prompt of 512.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Most memory of all, such as 6GB.")] = None,
     max_loss: Annotated[
-        float | None, typer.Option(help="Largest share of its quality that quantization may cost, such as 0.05.")
+        str | None, typer.Option(help="Largest share of its quality that quantization may cost, such as 0.05 or 5%.")
     ] = None,
     license: Annotated[str | None, typer.Option(help="open: models for commercial use too.")] = None,
     capability: Annotated[list[str] | None, typer.Option(help="vision, video or thinking; may be repeated.")] = None,
@@ -277,7 +277,7 @@ def recommend(
         min_tps=min_tps,
         max_ttft_s=max_ttft,
         max_memory_bytes=units.parse_bytes(max_memory) if max_memory else None,
-        max_loss=max_loss,
+        max_loss=None if max_loss is None else units.parse_share(max_loss),
         license=license,
         capability=tuple(capability or ()),
         evidence=evidence,

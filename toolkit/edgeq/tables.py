@@ -91,7 +91,6 @@ def estimate(document: Estimate) -> Table:
     """What a model would need and reach; estimates start with ~."""
     usable = show_bytes(document.usable_bytes)
     verdict = {True: f"yes, of {usable} usable", False: f"no, {usable} usable", None: f"- ({document.memory_reason})"}
-    longest = document.max_context
     return _facts(
         ("model", f"{document.model} {document.recipe}"),
         ("target", f"{document.target}, {document.backend}"),
@@ -103,7 +102,7 @@ def estimate(document: Estimate) -> Table:
             f"engine ~{show_bytes(document.runtime_bytes)}",
         ),
         ("fits", verdict[document.fits]),
-        ("context", f"- ({document.memory_reason})" if longest is None else f"~{longest} tokens fit"),
+        ("context", _fitting(document)),
         ("prefill", _estimated(document.prefill_tokens_per_s, document.prefill_reason)),
         (f"decode at {document.depth}", _estimated(document.decode_tokens_per_s, document.decode_reason)),
         (
@@ -113,6 +112,17 @@ def estimate(document: Estimate) -> Table:
             else f"~{document.first_token_s:.2f} s after a prompt of {document.prompt} tokens",
         ),
         ("basis", document.basis.replace("; ", "\n")),
+    )
+
+
+def _fitting(document: Estimate) -> str:
+    longest = document.max_context
+    if longest is None:
+        return f"- ({document.memory_reason})"
+    return (
+        f"{longest} tokens fit, the model's own limit"
+        if longest == document.model_context
+        else f"~{longest} tokens fit"
     )
 
 

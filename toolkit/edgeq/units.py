@@ -25,6 +25,17 @@ def parse_tokens(text: str) -> int:
     return tokens
 
 
+def parse_share(text: str) -> float:
+    """Share in `0.05` or `5%`; raises UsageFault for what is no number."""
+    number = text.strip()
+    percent = number.endswith("%")
+    try:
+        value = float(number.removesuffix("%"))
+    except ValueError:
+        raise UsageFault(f"{text[:100]!r} is not a share such as 0.05 or 5%") from None
+    return value / 100 if percent else value
+
+
 def show_bytes(count: int | None) -> str:
     """Bytes in KiB, MiB or GiB, `-` when unknown."""
     if count is None:

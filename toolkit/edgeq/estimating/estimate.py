@@ -25,7 +25,8 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """The document of `edgeq estimate`: bytes, tokens per second, seconds; null where unknown, the reason beside it.
 
     context: tokens that the cache has room for; depth: those in it when decode is estimated. max_context: the most that
-    fit. first_token_s: of a prompt of `prompt` tokens. basis: which data and which formula.
+    fit, at most `model_context`, the model's own. first_token_s: of a prompt of `prompt` tokens. basis: which data and
+    which formula.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     usable_bytes: int | None
     fits: bool | None
     max_context: int | None
+    model_context: int
     memory_reason: str | None
     prefill_tokens_per_s: Range | None
     prefill_reason: str | None
@@ -98,6 +100,7 @@ def estimate(
         usable_bytes=usable,
         fits=fits,
         max_context=None if usable is None else memory.largest_context(model, found, usable),
+        model_context=model.context,
         memory_reason=memory_reason,
         prefill_tokens_per_s=prefill,
         prefill_reason=prefill_reason,
