@@ -10,7 +10,7 @@ import msgspec
 
 from edgeq import detect, recipe
 from edgeq.errors import MissingTool, NothingFits
-from edgeq.estimating import memory
+from edgeq.estimating import doubts, memory, rates
 from edgeq.recommending import candidates, constraints, front, ordering
 from edgeq.recommending.constraints import Miss
 from edgeq.recommending.document import Candidate, Constraints, Recommendation
@@ -61,7 +61,7 @@ def recommend(
         closest=None if choice or not rejected else rejected[0],
         excluded=dict(Counter(miss.constraint for _, missed in judged for miss in missed).most_common()),
         rule=front.RULE,
-        notes=_notes(found, wanted, device),
+        notes=(*_notes(found, wanted, device), *_doubts(choice, found, device)),
         candidates=(*sorted(eligible, key=_place), *rejected),
     )
 
@@ -203,6 +203,16 @@ def _room(device: Target) -> int | None:
     """Bytes that a model may take: what the target says, a usual share where it knows its size alone."""
     total = device.memory.total_bytes
     return memory.usable_bytes(device) or (int(total.value * _USUAL_SHARE) if total else None)
+
+
+def _doubts(choice: Candidate | None, found: list[Candidate], device: Target) -> list[str]:
+    """What makes the choice's speed less certain than its interval, unless its backend was measured there."""
+    if choice is None or choice.decode_tokens_per_s is None:
+        return []
+    if any(each.evidence == "measured" and each.quality and each.backend == choice.backend for each in found):
+        return []
+    source = rates.find(device, choice.backend).source
+    return [f"speeds with {choice.backend}: {each}" for each in doubts.of_figures(device, choice.backend, source)]
 
 
 def _notes(found: list[Candidate], wanted: Constraints, device: Target) -> tuple[str, ...]:
