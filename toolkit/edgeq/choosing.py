@@ -22,6 +22,8 @@ from edgeq.recipe import Layout
 from edgeq.walk import sensitivity
 
 _FITTED = {"gptq": 0.4, "guided": 0.25}  # loss of a matrix against that of its rounding alone, on the demos
+_FITTED_TABLE = {"guided": 0.3}  # the same of a table, which guided recipes fit to what the output layer reads
+_TWO_BITS = 1.6  # how much more of it 2 bits leave
 _AIM = 0.9
 
 
@@ -66,11 +68,15 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
         )
     if not all(math.isfinite(option.loss) for options in found.values() for option in options):
         raise CorruptInput("the checkpoint's own float32 logits are not finite", run="download the checkpoint again")
-    fitted = _FITTED.get(work.recipe.method, 1.0)
     for first, options in found.items():
-        if first not in size.TABLES:
-            found[first] = [dataclasses.replace(option, loss=fitted * option.loss) for option in options]
+        fitted = (_FITTED_TABLE if first in size.TABLES else _FITTED).get(work.recipe.method)
+        if fitted is not None:
+            found[first] = [dataclasses.replace(each, loss=_remaining(each, fitted) * each.loss) for each in options]
     return Sensitivities(found, units, _other_bytes(work, checkpoint))
+
+
+def _remaining(option: Option, fitted: float) -> float:
+    return fitted * (_TWO_BITS if option.layout.bits == 2 else 1.0)
 
 
 def _possible(model: Model, name: str, layouts: Sequence[Layout]) -> list[Layout]:
