@@ -56,7 +56,7 @@ def test_grids_are_close_to_the_best_of_very_many(bits: int, symmetric: bool) ->
     bits=st.sampled_from(BITS),
     group=st.sampled_from([16, 32, 128]),
     symmetric=st.booleans(),
-    power=st.integers(-30, 14),
+    power=st.integers(-30, 9),  # beyond, 2 bits of the largest weights want a scale beyond float16
     tail=st.sampled_from([1.5, 3, 30]),
 )
 def test_no_group_is_worse_than_by_plain_rounding(
