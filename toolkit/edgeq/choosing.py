@@ -22,8 +22,8 @@ from edgeq.recipe import Layout
 from edgeq.walk import sensitivity
 
 _FITTED = {"gptq": 0.4, "guided": 0.25}  # loss of a matrix against that of its rounding alone, on the demos
-_FITTED_TABLE = {"guided": 0.3}  # the same of a table, which guided recipes fit to what the output layer reads
-_TWO_BITS = 1.6  # how much more of it 2 bits leave
+_FITTED_TABLE = {"guided": 0.3}  # of a table, fitted by guided recipes alone; assumed, with 0.15 demos mix the same
+_TWO_BITS = 1.6  # how much more of it 2 bits leave, on the demos
 _AIM = 0.9
 
 
