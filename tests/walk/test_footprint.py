@@ -69,7 +69,7 @@ def middle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
-@pytest.mark.parametrize("name", ["w4g32-e8-rtn", "w4g32-e8-gptq", "w4g32-e8-guided"])
+@pytest.mark.parametrize("name", ["w4g32-e8-rtn", "w4g32-e8-gptq", "w4g32-e8-guided", "w4g32-e8-tuned"])
 def test_the_prediction_covers_what_a_walk_takes_and_not_much_more(middle: Path, tmp_path: Path, name: str) -> None:
     words = [sys.executable, "-c", PROGRAM, str(middle), str(tmp_path), name, str(COUNT), str(LENGTH)]
     measured = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
@@ -93,6 +93,8 @@ def test_more_of_anything_takes_more(tiny: Build) -> None:
     disk = [footprint.disk(checkpoint.model, each, 10_000) for each in names if each is not None]
     assert disk == sorted(disk)
     assert disk[0] == 0 < footprint.disk(checkpoint.model, parse("w4g32-e8-guided"), 9_000) < disk[2]
+    tuned = [footprint.disk(checkpoint.model, parse("w4g32-e8-tuned"), 10_000, tokens) for tokens in (0, 40_000)]
+    assert disk[2] < tuned[0] < tuned[1]
 
 
 def test_a_walk_that_does_not_fit_is_refused_with_both_figures(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:

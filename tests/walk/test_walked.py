@@ -57,7 +57,9 @@ def test_the_float_models_logits_are_those_of_the_whole_model(tiny: Build, gener
 
 
 @each_generation
-@pytest.mark.parametrize("name", ["w4g32-e8-rtn", "w4g32-e8-gptq", "w4ag32-e8-guided", "w4gcol-e8-gptq"])
+@pytest.mark.parametrize(
+    "name", ["w4g32-e8-rtn", "w4g32-e8-gptq", "w4ag32-e8-guided", "w4gcol-e8-gptq", "w4g32-e8-tuned"]
+)
 def test_the_loss_of_the_weights_is_that_of_a_whole_model_with_them(
     tiny: Build, tmp_path: Path, generation: str, name: str
 ) -> None:
@@ -206,7 +208,7 @@ def test_what_a_stopped_walk_kept_is_not_gone_on_with_when_it_is_damaged(
     assert "again" in caught.value.run
 
 
-@pytest.mark.parametrize("name", ["w4g32-e8-gptq", "w4g32-e8-guided"])
+@pytest.mark.parametrize("name", ["w4g32-e8-gptq", "w4g32-e8-tuned"])
 def test_any_number_of_threads_finds_the_same_bits(
     tiny: Build, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -96,12 +96,16 @@ def build(work: Plan, progress: Progress) -> Built:
         checkpoint.scan(lambda done, total: step("scan", done, total))
         source, text, cache = origin.source(checkpoint), None, None
         if work.calibration is not None:
-            text = calibration.read(checkpoint, work.calibration, source.kind == "demo", checkpoint.model.context, step)
+            count = calibration.TUNED if work.recipe.tuned else calibration.WINDOWS
+            longest, demo = checkpoint.model.context, source.kind == "demo"
+            text = calibration.read(checkpoint, work.calibration, demo, longest, step, count)
             if engine.calibrates_cache(work.recipe):
-                cache = ranges.cache_ranges(checkpoint, text.windows, step)
-        work, walked, kept = _walk(work, checkpoint, held, source, text, folder.parent, stack, step)
+                cache = ranges.cache_ranges(checkpoint, calibration.fitted(text.windows), step)
+        work, walked = _walk(work, checkpoint, held, source, text, folder.parent, stack, step)
         _copy_side_files(checkpoint, template, folder)
-        compiled = engine.build(Job(checkpoint, work.recipe, work.target, work.context, step, kept, cache), folder)
+        compiled = engine.build(
+            Job(checkpoint, work.recipe, work.target, work.context, step, walked.solutions.folder, cache), folder
+        )
         accuracy.save(walked.reference, folder / bundle.REFERENCE)
         draft = _describe(work, source, checkpoint, folder, engine.provider(work.target), tools)
         if compiled is not None:
@@ -129,28 +133,30 @@ def _walk(
     parent: Path,
     stack: ExitStack,
     progress: Progress,
-) -> tuple[Plan, Walked, Path | None]:
-    """Walk of a plan's recipe, and the folder of its solutions, for a calibrated one, which `stack` removes.
+) -> tuple[Plan, Walked]:
+    """Walk of a plan's recipe; `stack` removes the folder of its solutions, which a calibrated one has.
 
     A mixed recipe is settled first; one that then loses more than its budget is chosen again, by what it lost.
     """
     windows = None if text is None else text.windows
     found = choosing.measure(work, checkpoint, text, progress) if text is not None and work.recipe.mixed else None
-    scale, kept = 1.0, None
+    scale, resumed = 1.0, None
     for left in reversed(range(_CHOICES)):
         predicted = 0.0
         if found is not None:
             work, predicted = choosing.settle(work, found, scale)
         if text is not None and work.recipe.calibrated:
-            kept = stack.enter_context(store.resumable(parent, _walk_key(work, source, text, held)))
-            needed = work.bytes + footprint.disk(checkpoint.model, work.recipe, int(text.windows.size))
-            store.require_room(kept, needed - sum(path.stat().st_size for path in kept.iterdir()))
-        walked = walk.quantize(checkpoint, work.recipe, held, windows, kept, progress)
+            resumed = stack.enter_context(store.resumable(parent, _walk_key(work, source, text, held)))
+            needed = work.bytes + footprint.disk(
+                checkpoint.model, work.recipe, int(calibration.fitted(text.windows).size), int(text.windows.size)
+            )
+            store.require_room(resumed, needed - sum(path.stat().st_size for path in resumed.rglob("*")))
+        walked = walk.quantize(checkpoint, work.recipe, held, windows, resumed, progress)
         kept_budget = not work.loss_is_budget or walked.weights_only <= _ROOM * work.max_loss
         if not left or found is None or kept_budget or not math.isfinite(walked.weights_only):
             break
         scale *= walked.weights_only / predicted
-    return work, walked, kept
+    return work, walked
 
 
 def _gate(

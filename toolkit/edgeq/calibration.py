@@ -17,6 +17,9 @@ from edgeq.checkpoint import Checkpoint
 from edgeq.errors import CorruptInput, UsageFault
 
 WINDOWS, LENGTH = 32, 512
+"""Windows that matrices are fitted to, and tokens of each."""
+TUNED = 128
+"""Windows over which scales are tuned: what has more freedom wants more text."""
 BUNDLED, SELF = "bundled", "self"
 _SUFFIXES = (".txt", ".md")
 _CHAT_CHARACTERS = 2000
@@ -33,17 +36,19 @@ class Calibration:
     sha256: str
 
 
-def read(checkpoint: Checkpoint, source: str, demo: bool, longest: int, progress: Progress) -> Calibration:
+def read(
+    checkpoint: Checkpoint, source: str, demo: bool, longest: int, progress: Progress, count: int = WINDOWS
+) -> Calibration:
     """Windows from a source: `bundled`, `self`, a text file, or a folder of .txt and .md files.
 
-    At most `WINDOWS` of `LENGTH` tokens, or of `longest` where that is less, spread over the text; where the checkpoint
+    At most `count` of `LENGTH` tokens, or of `longest` where that is less, spread over the text; where the checkpoint
     has a chat template every other piece of a text is put into it, as a question and its answer. demo: the bundled text
     is that of the demo checkpoints. Raises UsageFault when a text is absent, fills no window, or is the one that losses
     are measured on; CorruptInput when it is not UTF-8; what the checkpoint's tokenizer and template raise.
     """
     length = min(LENGTH, longest)
     if source == SELF:
-        found = written(checkpoint, WINDOWS, length, progress)
+        found = written(checkpoint, count, length, progress)
         return Calibration(found, SELF, hashlib.sha256(found.tobytes()).hexdigest())
     text = _bundled(demo) if source == BUNDLED else _text(Path(source))
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -55,7 +60,13 @@ def read(checkpoint: Checkpoint, source: str, demo: bool, longest: int, progress
         )
     template = None if demo else checkpoint.chat_template()
     pieces = [text] if template is None else list(_as_chat(text, template))
-    return Calibration(_cut(_tokens(checkpoint, pieces), length, source), source, digest)
+    return Calibration(_cut(_tokens(checkpoint, pieces), count, length, source), source, digest)
+
+
+def fitted(windows: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Those of some windows, spread over them, that matrices are fitted to: `WINDOWS` at most."""
+    found: NDArray[np.int32] = windows[np.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).astype(int)]
+    return found
 
 
 def _bundled(demo: bool) -> str:
@@ -112,12 +123,12 @@ def _tokens(checkpoint: Checkpoint, pieces: list[str]) -> NDArray[np.int32]:
     return found
 
 
-def _cut(tokens: NDArray[np.int32], length: int, source: str) -> NDArray[np.int32]:
-    count = min(WINDOWS, len(tokens) // length)
+def _cut(tokens: NDArray[np.int32], wanted: int, length: int, source: str) -> NDArray[np.int32]:
+    count = min(wanted, len(tokens) // length)
     if count == 0:
         raise UsageFault(
             f"--calibration {source}: the text has {len(tokens)} tokens",
-            why=f"A window has {length}; some {WINDOWS * length} tokens are wanted.",
+            why=f"A window has {length}; some {wanted * length} tokens are wanted.",
             run="edgeq build ... --calibration with a longer text",
         )
     starts = np.linspace(0, len(tokens) - length, count).astype(int)

@@ -21,8 +21,15 @@ from edgeq.quantize.mix import Option
 from edgeq.recipe import Layout
 from edgeq.walk import sensitivity
 
-_FITTED = {"gptq": 0.4, "guided": 0.25}  # loss of a matrix against that of its rounding alone, on the demos
-_FITTED_TABLE = {"guided": 0.3}  # of a table, fitted by guided recipes alone; assumed, with 0.15 demos mix the same
+_FITTED = {
+    "gptq": 0.4,
+    "guided": 0.25,
+    "tuned": 0.18,
+}  # loss of a matrix against that of its rounding alone, on the demos
+_FITTED_TABLE = {
+    "guided": 0.3,
+    "tuned": 0.3,
+}  # of a table, fitted by guided recipes alone; assumed, with 0.15 demos mix the same
 _TWO_BITS = 1.6  # how much more of it 2 bits leave, on the demos
 _AIM = 0.9
 

@@ -7,6 +7,7 @@
     w8gcol-e8-rtn         one scale for each row of a matrix
     q4_k-eq6_k-rtn        GGML's layouts by their names, rounded by GGML's own rule
     w4g32-e8-guided       matrices fitted to what they read in a calibration text
+    w4g32-e8-tuned        the same, then all scales tuned together so that the model predicts as before: takes longest
     mix-guided            a layout for each matrix, the best within a size or a loss that is given beside it
     mix4.5-guided         the same within 4.5 bits per weight
 
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 
 from edgeq.errors import UsageFault
 
-METHODS = ("rtn", "mse", "gptq", "guided")
+METHODS = ("rtn", "mse", "gptq", "guided", "tuned")
 SHIPPED = (
     "w16",
     "w8g32-e8-rtn",
@@ -150,12 +151,17 @@ class Recipe:
     @property
     def calibrated(self) -> bool:
         """Whether matrices are fitted to what they read in a calibration text."""
-        return self.method in ("gptq", "guided")
+        return self.method in ("gptq", "guided", "tuned")
 
     @property
     def guided(self) -> bool:
         """Whether the float model's states and gradients guide the fit, besides the quantized model's own states."""
-        return self.method == "guided"
+        return self.method in ("guided", "tuned")
+
+    @property
+    def tuned(self) -> bool:
+        """Whether all scales are tuned together at the end, for the predictions of the whole model."""
+        return self.method == "tuned"
 
     def __str__(self) -> str:
         cache = "" if self.kv_bits == 32 else f"-kv{self.kv_bits}"

@@ -44,6 +44,10 @@ class Solutions:
                 f"{path}: not a solution that was kept", why=str(error), run="edgeq build ... again, from the start"
             ) from error
 
+    def within(self, folder: Path) -> Solutions:
+        """Solutions of the same matrices that are kept in another folder."""
+        return Solutions(self._checkpoint, self._recipe, folder)
+
     def values(self, name: str) -> NDArray[np.float32]:
         """What the recipe makes of one matrix, float32 [outputs, inputs]."""
         return self.rows(name)(slice(None))

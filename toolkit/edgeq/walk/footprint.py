@@ -10,6 +10,7 @@ from edgeq.machine import physical_cores, this_machine
 from edgeq.model import Model
 from edgeq.recipe import Recipe
 from edgeq.size import TABLES, is_quantized, layout_of
+from edgeq.walk import tuning
 from edgeq.walk.layers import PIECE
 from edgeq.walk.moments import AT_ONCE
 from edgeq.walk.run import LOGITS
@@ -30,8 +31,8 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
     model, logits of some windows and the table's codes. Solving takes the second moments of the widest input, their
     factor, for a guided recipe what the layers before have lost, what some windows read, the solved matrix, and room
     for each thread; hidden states are in files then. A guided recipe's gradients are held twice beside the states, with
-    what each thread goes back through; a mix is measured with what all matrices of a layer read and write. Calibrating
-    a cache takes less than the logits.
+    what each thread goes back through; a mix is measured with what all matrices of a layer read and write, and so are
+    scales tuned, over fewer tokens. Calibrating a cache takes less than the logits.
     """
     shapes = model.tensors()
     sizes, channels = [0] * model.layers, [0] * model.layers
@@ -61,6 +62,12 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
             watched = 2 * WINDOWS * _WINDOW * max(channels) if recipe.mixed else 0
             graphs = physical_cores() * _WINDOW * (max(channels) + _GRAPH * model.heads * _WINDOW)
             ends = max(ends, _FLOAT * (text + max(layer + watched + graphs, logits)))
+        if recipe.tuned:
+            step = tuning.WINDOWS * tuning.LENGTH
+            logits = 3 * tuning.LENGTH * model.vocab
+            watched = 2 * step * max(channels)
+            codes = table if model.tied else 2 * table
+            ends = max(ends, codes + _FLOAT * (2 * step * model.hidden + max(layer + watched + graphs, logits)))
         layer += solving
     return int(_LIBRARY_BYTES + _FLOAT * states + max(_FLOAT * layer, ends))
 
@@ -70,21 +77,26 @@ def _solving(outputs: int, inputs: int, guided: bool) -> int:
     return 2 * inputs * inputs + outputs * inputs + (min(outputs, inputs) * inputs if guided else 0)
 
 
-def disk(model: Model, recipe: Recipe, tokens: int) -> int:
+def disk(model: Model, recipe: Recipe, tokens: int, tuned: int = 0) -> int:
     """Bytes of files that a walk over `tokens` of calibration holds at its peak: states, what a layer reads, solutions.
 
     Gradients want the states before each layer, 2 bytes a value; later states are held twice, before and after a layer.
+    Tuning, over `tuned` tokens, has the float model's last states, what scales are multiplied by with two moments, all
+    of that twice, and the solutions again.
     """
     if not recipe.calibrated:
         return 0
-    inputs, codes = [0] * model.layers, 0.0
+    inputs, codes, scales = [0] * model.layers, 0.0, 0
     for name, shape in filter(lambda each: is_quantized(each[0]), model.tensors().items()):
         if name not in TABLES:
             inputs[int(name.split(".")[2])] += shape[1]
-        codes += math.prod(shape) * _SOLVED[layout_of(model, recipe, name).bits > 4]
+        layout = layout_of(model, recipe, name)
+        codes += math.prod(shape) * _SOLVED[layout.bits > 4]
+        scales += math.prod(shape) * (2 if layout.is_ggml else 1) // max(layout.block, layout.group)
     states: int = model.hidden * tokens
     walking = _FLOAT * (2 * states + (2 * states + max(inputs) * tokens if recipe.guided else 0))
-    return int(codes) + max(walking, 2 * model.layers * states if recipe.guided else 0)
+    tuning_bytes = int(codes) + _FLOAT * (model.hidden * tuned + 6 * scales) if recipe.tuned else 0
+    return int(codes) + max(walking, 2 * model.layers * states if recipe.guided else 0) + tuning_bytes
 
 
 def require(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) -> None:

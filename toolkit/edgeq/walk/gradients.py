@@ -48,30 +48,28 @@ def token_weights(
     Walks forwards and backwards; the states between layers are kept in a file of `folder`, 2 bytes a value.
     """
     weights = np.empty((model.count, *tokens.shape), np.float32)
-    states, between = forwards(model, tokens, folder, progress)
+    states = head.embed(head.exact(model.checkpoint, head.TABLE), tokens)
+    between = forwards(model, states, folder, progress)
     for layer in backwards(model, head.slopes(model, states, _SEED), between, progress):
         weights[layer.index] = np.linalg.norm(layer.after, axis=2)
     weights /= weights.mean(axis=(1, 2), keepdims=True)
     return weights, states
 
 
-def forwards(
-    model: Layered, tokens: NDArray[np.int32], folder: Path, progress: Progress
-) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
-    """States [windows, length, hidden] after the last layer, and those before each layer, [layers, ...].
+def forwards(model: Layered, states: NDArray[np.float32], folder: Path, progress: Progress) -> NDArray[np.uint16]:
+    """States before each layer, [layers, windows, length, hidden]; those given become the ones after the last layer.
 
-    The latter hold bfloat16 and lie in a file of `folder` that goes with them.
+    What is returned holds bfloat16 and lies in a file of `folder` that goes with it.
     """
     import torch
 
-    states = head.embed(head.exact(model.checkpoint, head.TABLE), tokens)
     between = scratch.unnamed(folder, (model.count, *states.shape), np.uint16)
     for index in range(model.count):
         progress("gradients", index, 2 * model.count)
         between[index] = torch.from_numpy(states).to(torch.bfloat16).view(torch.uint16).numpy()
         with model.layer(index):
             model.advance(index, states)
-    return states, between
+    return between
 
 
 def backwards(

@@ -63,14 +63,36 @@ def slopes(model: Layered, hidden: NDArray[np.float32], seed: int) -> NDArray[np
     found = np.empty_like(hidden)
     rows = exact(model.checkpoint, output(model.checkpoint))
     for window, states in enumerate(hidden):
-        scores = logits(model, states, rows)
-        scores -= scores.max(axis=1, keepdims=True)
-        np.exp(scores, out=scores)
-        scores /= -scores.sum(axis=1, keepdims=True)
-        drawn = _drawn(-scores, np.random.default_rng((seed, window)))
-        scores[np.arange(len(scores)), drawn] += 1
-        found[window] = _before_norm(model, states, _times(model, scores, rows))
+        slope = _chances(logits(model, states, rows))
+        drawn = _drawn(slope, np.random.default_rng((seed, window)))
+        np.negative(slope, out=slope)
+        slope[np.arange(len(slope)), drawn] += 1
+        found[window] = _before_norm(model, states, _times(model, slope, rows))
     return found
+
+
+def divergence_slopes(
+    model: Layered, exact_hidden: NDArray[np.float32], hidden: NDArray[np.float32], exact_rows: Rows, rows: Rows
+) -> NDArray[np.float32]:
+    """Gradients of the mean KL divergence from a float model's predictions, with respect to another's states.
+
+    Both are states [windows, length, hidden] after the last layer, each with the rows of its output layer.
+    """
+    found = np.empty_like(hidden)
+    for window, (wanted, states) in enumerate(zip(exact_hidden, hidden, strict=True)):
+        slope = _chances(logits(model, states, rows))
+        slope -= _chances(logits(model, wanted, exact_rows))
+        slope /= hidden.shape[0] * hidden.shape[1]
+        found[window] = _before_norm(model, states, _times(model, slope, rows))
+    return found
+
+
+def _chances(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Probabilities of logits [n, vocabulary], in their place."""
+    scores -= scores.max(axis=1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=1, keepdims=True)
+    return scores
 
 
 def _drawn(chances: NDArray[np.float32], rng: np.random.Generator) -> list[int]:

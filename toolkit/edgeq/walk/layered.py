@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeq import transformer
+from edgeq.backends.base import Progress
 from edgeq.checkpoint import Checkpoint
 from edgeq.machine import physical_cores
 from edgeq.size import is_quantized
@@ -25,11 +26,13 @@ Result = TypeVar("Result")
 class Layered:
     """Layers of a checkpoint; what is not loaded is on the meta device.
 
+    matrices: values of those that recipes quantize, by name; the checkpoint's own without.
+
     Windows are run in threads of one core each, so that no result depends on how many cores there are.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, matrices: Callable[[str], NDArray[np.float32]] | None = None) -> None:
+        self.checkpoint, self._matrices = checkpoint, matrices
         self._model = transformer.instantiate(checkpoint, lambda _: False)
         self._layers = list(self._model.model.layers)
         self._calls: dict[int, list[dict[str, Any]]] = {}
@@ -57,7 +60,8 @@ class Layered:
 
         module, prefix = self._layers[index], f"model.layers.{index}."
         for name in [name for name in self.checkpoint.model.tensors() if name.startswith(prefix)]:
-            _assign(module, name.removeprefix(prefix), torch.from_numpy(self.checkpoint.tensor(name)))
+            read = self._matrices if self._matrices and is_quantized(name) else self.checkpoint.tensor
+            _assign(module, name.removeprefix(prefix), torch.from_numpy(read(name)))
         try:
             yield module
         finally:
@@ -91,6 +95,14 @@ class Layered:
             states[window] = self.run(index, torch.from_numpy(states[window])).numpy()
 
         self.parallel(step, range(len(states)))
+
+    def through(self, states: NDArray[np.float32], phase: str, progress: Progress) -> None:
+        """Replace hidden states [windows, length, hidden] before the first layer by those after the last one."""
+        for index in range(self.count):
+            progress(phase, index, self.count)
+            with self.layer(index):
+                self.advance(index, states)
+        progress(phase, self.count, self.count)
 
     def final_norm(self, hidden: Any) -> Any:
         """Hidden states [length, hidden] after the last layer as the output layer reads them."""

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq import accuracy
+from edgeq import accuracy, calibration
 from edgeq.accuracy import Reference, likeliest
 from edgeq.backends.base import Progress
 from edgeq.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ from edgeq.quantize.kept import Rows, Solutions
 from edgeq.quantize.solve import stored_exactly
 from edgeq.recipe import Recipe
 from edgeq.size import is_quantized
-from edgeq.walk import gradients, head, layers
+from edgeq.walk import gradients, head, layers, tuning
 from edgeq.walk.layered import Layered
 from edgeq.walk.states import States
 from edgeq.walk.windows import Held
@@ -64,11 +64,7 @@ def _exact(
     with ExitStack() as stack:
         model = _open(stack, checkpoint)
         states = head.embed(head.exact(checkpoint, head.TABLE), windows)
-        for index in range(model.count):
-            progress("reference", index, model.count)
-            with model.layer(index):
-                model.advance(index, states)
-        progress("reference", model.count, model.count)
+        model.through(states, "reference", progress)
         yield from _logits(model, states, head.exact(checkpoint, head.output(checkpoint)))
 
 
@@ -76,13 +72,13 @@ def quantize(
     checkpoint: Checkpoint,
     recipe: Recipe,
     held: Held,
-    calibration: NDArray[np.int32] | None,
+    text: NDArray[np.int32] | None,
     folder: Path | None,
     progress: Progress,
 ) -> Walked:
     """Reference, and a solution of every matrix under a recipe with the loss of all of them.
 
-    calibration: token windows [count, length] of another text, for a calibrated recipe, whose `folder` keeps what is
+    text: token windows [count, length] of another text, for a calibrated recipe, whose `folder` keeps what is
     done: a walk that was stopped goes on there after the last finished layer. Raises CorruptInput as `reference` does,
     and what solving raises.
     """
@@ -90,15 +86,16 @@ def quantize(
     names = [name for name in checkpoint.model.tensors() if is_quantized(name)]
     if all(stored_exactly(checkpoint, recipe, name) for name in names):
         return Walked(reference(checkpoint, held, progress), 0.0, solutions)
+    fitted = None if text is None else calibration.fitted(text)
     with ExitStack() as stack:
         exact, quantized = _open(stack, checkpoint), _open(stack, checkpoint)
         states = States.load(folder) if folder else None
         weights = None
         if recipe.guided:
-            assert calibration is not None
+            assert fitted is not None
             assert folder is not None
-            weights = _token_weights(exact, recipe, solutions, calibration, folder, progress)
-        states = states or _begin(checkpoint, recipe, solutions, held, calibration)
+            weights = _token_weights(exact, recipe, solutions, fitted, folder, progress)
+        states = states or _begin(checkpoint, recipe, solutions, held, fitted)
         while states.layer < exact.count:
             progress("layers", states.layer, exact.count)
             if folder is not None:
@@ -107,23 +104,29 @@ def quantize(
             if folder is not None:
                 states.save(folder)
         progress("layers", exact.count, exact.count)
+        if recipe.tuned:
+            assert text is not None
+            solutions = tuning.tune(exact, solutions, text, progress)
+            states.quantized_held = head.embed(solutions.rows(head.TABLE), held.windows)
+            tuned = _open(stack, checkpoint, solutions)
+            tuned.through(states.quantized_held, "tuned", progress)
         return _ended(exact, quantized, held, states, solutions, progress)
 
 
-def _open(stack: ExitStack, checkpoint: Checkpoint) -> Layered:
-    model = Layered(checkpoint)
+def _open(stack: ExitStack, checkpoint: Checkpoint, solutions: Solutions | None = None) -> Layered:
+    model = Layered(checkpoint, solutions.values if solutions else None)
     stack.callback(model.close)
     return model
 
 
 def _begin(
-    checkpoint: Checkpoint, recipe: Recipe, solutions: Solutions, held: Held, calibration: NDArray[np.int32] | None
+    checkpoint: Checkpoint, recipe: Recipe, solutions: Solutions, held: Held, fitted: NDArray[np.int32] | None
 ) -> States:
     tables = (head.exact(checkpoint, head.TABLE), solutions.rows(head.TABLE))
     exact_held, quantized_held = (head.embed(table, held.windows) for table in tables)
-    if calibration is None or not recipe.calibrated:
+    if fitted is None or not recipe.calibrated:
         return States(0, exact_held, quantized_held, exact_held[:0], quantized_held[:0])
-    exact, quantized = (head.embed(table, calibration) for table in tables)
+    exact, quantized = (head.embed(table, fitted) for table in tables)
     return States(0, exact_held, quantized_held, exact if recipe.guided else exact[:0], quantized)
 
 
@@ -131,14 +134,14 @@ def _token_weights(
     model: Layered,
     recipe: Recipe,
     solutions: Solutions,
-    calibration: NDArray[np.int32],
+    fitted: NDArray[np.int32],
     folder: Path,
     progress: Progress,
 ) -> NDArray[np.float32]:
     """Weights of calibration tokens; on the way the output layer is solved, for the float model's last states."""
     kept = folder / _WEIGHTS
     if not kept.is_file():
-        found, states = gradients.token_weights(model, calibration, folder, progress)
+        found, states = gradients.token_weights(model, fitted, folder, progress)
         layers.solve_output(model, recipe, solutions, states)
         partial = kept.with_suffix(".partial.npy")
         np.save(partial, found)

@@ -57,15 +57,16 @@ def measure(
     losses: dict[tuple[str, str], float] = {}
     model = Layered(checkpoint)
     try:
-        final, between = gradients.forwards(model, tokens, folder, progress)
-        slopes = head.slopes(model, final, _SEED)
+        states = head.embed(head.exact(checkpoint, head.TABLE), tokens)
+        between = gradients.forwards(model, states, folder, progress)
+        slopes = head.slopes(model, states, _SEED)
         for layer in gradients.backwards(model, slopes, between, progress, watch=True):
             for first in filter(layer.read.__contains__, together):
                 for layout in layouts[first]:
                     losses[first, layout.name] = sum(_loss(model, name, layout, layer) for name in together[first])
         for name in filter(together.__contains__, TABLES):
             for layout in layouts[name]:
-                losses[name, layout.name] = _table_loss(model, name, layout, tokens, slopes, final)
+                losses[name, layout.name] = _table_loss(model, name, layout, tokens, slopes, states)
     finally:
         model.close()
     return {
