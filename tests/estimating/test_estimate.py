@@ -87,6 +87,21 @@ def test_a_file_that_exists_already_is_slower_when_larger() -> None:
     assert _mid(small) > _mid(large)
 
 
+def test_weak_gpus_with_untuned_kernels_are_slowed_by_unpacking() -> None:
+    """Snapdragon 8 Gen 3, llama.cpp by OpenCL, Qwen2.5-1.5B Q4_0: 27.3 tokens/s (published.toml)."""
+    found = _ask("qwen2.5-1.5b", "snapdragon-8-gen-3-phone")
+    assert "unpacking the weights takes longer than reading" in found.basis
+    assert "unpacking" not in _ask("qwen2.5-1.5b", "jetson").basis
+    assert "unpacking" not in _ask("qwen2.5-1.5b", "raspberry-pi-5-8gb").basis
+
+
+def test_a_peak_that_is_a_lower_bound_makes_prompts_less_certain() -> None:
+    plain, bound = (_ask("qwen3-1.7b", device).prefill_tokens_per_s for device in ("apple-m4", "apple-m5"))
+    assert plain is not None
+    assert bound is not None
+    assert bound.high / bound.mid > 1.3 * plain.high / plain.mid
+
+
 def test_published_figures_are_met_where_device_and_runtime_have_some() -> None:
     """Orin Nano Super, llama.cpp, Qwen3.5-4B Q4_K_M: 16.6 tokens/s, prompts 484 (published.toml)."""
     found = _ask("qwen3.5-4b", "jetson", "q4_k-eq6_k-rtn-kv16", weights_bytes=2_727_304_233)
