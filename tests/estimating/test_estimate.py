@@ -5,12 +5,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edgeq import catalog, data, profiles, recipe, target
+from edgeq import catalog, data, profiles, recipe, tables, target
 from edgeq.errors import UsageFault
 from edgeq.estimating import memory
 from edgeq.estimating.estimate import Estimate, estimate
 from edgeq.profiles import Decode, Gaps, Prefill, Profile, Spread
-from edgeq.target import Target
+from edgeq.target import Figure, Target
 
 FOUR = recipe.parse("w4g32-e8-rtn-kv16")
 SIXTEEN = recipe.parse("f16-kv16")
@@ -79,6 +79,19 @@ def test_what_is_not_known_is_null_with_its_reason() -> None:
     assert str(found.decode_reason).startswith("the memory bandwidth of x86-avx2 is not known: edgeq profile BUNDLE")
     assert found.fits is None
     assert found.memory_reason == "the memory of x86-avx2 is not known"
+
+
+def test_an_unknown_share_of_the_memory_is_assumed_and_named() -> None:
+    device = target.load("x86-laptop-ddr5")
+    memory_alone = msgspec.structs.replace(device.memory, total_bytes=Figure(16 << 30, "made up"), usable_share=None)
+    device = msgspec.structs.replace(device, memory=memory_alone)
+    shape = catalog.load("qwen3-0.6b").model
+    found = estimate(shape, "qwen3-0.6b", recipe.parse("w4g32-e8-rtn"), device, "onnx", context=4096)
+    assert found.fits is True
+    assert found.usable_bytes == int((16 << 30) * 0.7)
+    assert found.memory_reason == "what share of its memory is free for a model is not known: 70% is assumed"
+    assert memory.assumed_share(target.load("jetson")) is None
+    assert "70% is assumed" in tables.plain(tables.estimate(found))
 
 
 def test_a_file_that_exists_already_is_slower_when_larger() -> None:

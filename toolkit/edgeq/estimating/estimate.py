@@ -26,9 +26,9 @@ LOWER_BOUND_SD = math.log(2)
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """The document of `edgeq estimate`: bytes, tokens per second, seconds; null where unknown, the reason beside it.
 
-    context: tokens that the cache has room for; depth: those in it when decode is estimated. max_context: the most that
-    fit, at most `model_context`, the model's own. first_token_s: of a prompt of `prompt` tokens. basis: which data and
-    which formula.
+    context: tokens that the cache has room for; depth: those in it when decode is estimated. max_context: the most
+    that fit, at most `model_context`, the model's own. memory_reason: why `fits` is null, or what it assumes.
+    first_token_s: of a prompt of `prompt` tokens. basis: which data and which formula.
     """
 
     model: str
@@ -161,13 +161,10 @@ def _shape(name: str) -> Model:
 
 
 def _fits(found: memory.Needed, target: Target) -> tuple[bool | None, str | None]:
-    usable, total = memory.usable_bytes(target), target.memory.total_bytes
-    if usable is not None:
-        return found.total_bytes <= usable, None
-    if total is None:
+    usable = memory.usable_bytes(target)
+    if usable is None:
         return None, f"the memory of {target.name} is not known"
-    reason = f"what share of the memory of {target.name} a model may take is not known"
-    return (False if found.total_bytes > total.value else None), reason
+    return found.total_bytes <= usable, memory.assumed_share(target)
 
 
 @dataclass(frozen=True)
