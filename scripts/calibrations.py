@@ -156,8 +156,10 @@ def _table(head: str, rate: Rate) -> str:
     eta = [_share(rate.logit_eta + side * NINETY * rate.eta_sd) for side in (0, -1, 1)]
     layer = [math.exp(rate.log_layer_s + side * NINETY * rate.layer_sd) for side in (0, -1, 1)]
     compute = [math.exp(rate.log_compute + side * NINETY * rate.compute_sd) for side in (0, -1, 1)]
+    unpack = [rate.unpack * math.exp(side * NINETY * rate.unpack_sd) for side in (0, -1, 1)]
     lines = [f"[{head}]"]
-    for name, (mid, low, high) in (("eta", eta), ("layer_s", layer), ("compute", compute)):
+    written = [("eta", eta), ("layer_s", layer), ("compute", compute), *([("unpack", unpack)] if rate.unpack else [])]
+    for name, (mid, low, high) in written:
         lines += [f"{name} = {_number(mid)}", f"{name}_interval = [{_number(low)}, {_number(high)}]"]
     return "\n".join([*lines, f"correlation = {_number(rate.correlation)}", f'source = "{rate.source}"', ""])
 

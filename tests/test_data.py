@@ -91,4 +91,5 @@ def test_a_near_name_is_suggested_in_any_case() -> None:
 
 
 def test_known_names_are_listed_when_none_is_near() -> None:
-    assert data.near("zzz", ["onnx", "null"]) == "Known: null, onnx"
+    assert data.near("zzz", ["onnx", "null"]) == "Known: null, onnx."
+    assert data.suggested("zzz", ["onnx", "null"]) == ""

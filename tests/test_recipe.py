@@ -101,6 +101,14 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
         assert method in caught.value.why
 
 
+def test_near_names_are_suggested() -> None:
+    for name, meant in (("w4g32-e8", "w4g32-e8-rtn"), ("w4g32-e8-gptqq", "gptq")):
+        with pytest.raises(UsageFault) as caught:
+            recipe.parse(name)
+        assert caught.value.why.startswith("Did you mean ")
+        assert meant in caught.value.why.partition("?")[0]
+
+
 @given(
     st.one_of(st.text(max_size=20), st.from_regex(r"w[0-9]{1,2}a?g(col|[0-9]{1,3})-e[0-9]{1,2}-[a-z]+(-kv(8|16|32))?"))
 )

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import calibrations
-import fitting
+import leaving_out
 from edgeq import target
 from edgeq.estimating import published
-from fitting import Checked, Rates, place_of, quantile
+from fitting import Rates, effects, place_of, row_effects
+from leaving_out import Checked, quantile
 
 _NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 
@@ -22,7 +23,7 @@ def rates() -> Rates:
 
 @pytest.fixture(scope="module")
 def checked() -> tuple[list[Checked], list[Checked]]:
-    return fitting.leave_one_out(calibrations.rates_of_rows())
+    return leaving_out.leave_one_out(calibrations.rates_of_rows())
 
 
 def test_committed_calibrations_are_what_refit_writes(rates: Rates) -> None:
@@ -50,11 +51,11 @@ def test_tables_in_the_middle_of_a_file_are_replaced() -> None:
 
 @pytest.mark.slow
 def test_figures_predicted_without_their_device_and_runtime(checked: tuple[list[Checked], list[Checked]]) -> None:
-    """Reached: 9.3 % and 42.2 %; the goal for the latter, 35 %, is missed."""
+    """Reached: 9.2 % and 31.3 %."""
     errors = [each.error for each in checked[0]]
     assert len(errors) == 101
     assert quantile(errors, 0.5) <= 0.12
-    assert quantile(errors, 0.9) <= 0.43
+    assert quantile(errors, 0.9) <= 0.35
     assert sum(each.covered for each in checked[0]) / len(errors) >= 0.85
 
 
@@ -73,6 +74,38 @@ def test_a_held_back_row_does_not_reach_its_own_prediction() -> None:
     before = rates.fit(others)
     rates.log_s[0] += 3
     assert before.mode == pytest.approx(rates.fit(others).mode)
+
+
+def test_slopes_are_those_of_the_seconds() -> None:
+    rates = calibrations.rates_of_rows()
+    mode = rates.fit(rates.fitted).mode
+    _, slopes = rates.seconds(mode)
+    for name in ("eta all ", "layer all ", "unpack kernels llamacpp opencl", "states", "cache llamacpp"):
+        step = np.zeros_like(mode)
+        step[rates.index.columns[name]] = 1e-5
+        expected = (np.log(rates.seconds(mode + step)[0]) - np.log(rates.seconds(mode - step)[0])) / 2e-5
+        assert slopes[:, rates.index.columns[name]] == pytest.approx(expected, abs=1e-6), name
+
+
+def test_what_another_processor_computed_is_of_that_processor() -> None:
+    rows = published.read().rows
+    row = next(row for row in rows if row.computed_on)
+    found = row_effects(row, published.read())
+    assert ("api", "cpu") in found
+    assert ("own", " ".join(place_of(row))) in found
+    plain = rows[0]
+    assert row_effects(plain, published.read()) == effects(place_of(plain), published.read())
+
+
+def test_unpacking_is_written_where_kernels_have_figures_on_gpus_of_a_known_peak() -> None:
+    adreno = target.load("snapdragon-8-gen-3-phone").calibration
+    assert adreno["llamacpp"].unpack is not None
+    assert adreno["llamacpp"].unpack > 50
+    assert adreno["mlc"].unpack is None
+    assert target.load("raspberry-pi-5-8gb").calibration["llamacpp"].unpack is None
+    fast = target.load("apple-m4-max").calibration["llamacpp"].unpack
+    assert fast is not None
+    assert fast < 40
 
 
 def test_the_fit_finds_the_rates_that_made_the_figures() -> None:

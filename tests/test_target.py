@@ -193,7 +193,7 @@ def test_a_missing_file_is_the_users_fault() -> None:
         ('name = "raspberry-pi-5-8gb"', 'name = "Raspberry Pi"', "not a name"),
         ('host = "aarch64-', 'host = "x86_64-', "cpu.arch"),
         ('"w16"]', '"w3"]', "w3"),
-        ('"llamacpp", "mlc"]', '"tensorrt"]', "'tensorrt' is not a backend. Known: llamacpp, mlc, null, onnx"),
+        ('"llamacpp", "mlc"]', '"tensorrt"]', "'tensorrt' is not a backend. Known: llamacpp, mlc, null, onnx."),
         ('"llamacpp", "mlc"]', '"onx"]', "'onx' is not a backend. Did you mean onnx"),
         ("value = 4,", "value = -4,", "not positive"),
         ("value = 4,", "", "value"),

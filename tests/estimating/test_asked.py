@@ -81,6 +81,12 @@ def test_impossible_questions(options: dict[str, object], message: str) -> None:
         asked.ask("qwen3-0.6b", target="jetson", **options)  # type: ignore[arg-type]
 
 
+def test_near_names_of_published_quantizations_are_suggested() -> None:
+    with pytest.raises(UsageFault) as caught:
+        asked.ask("qwen3-0.6b", target="jetson", recipe_name="Q4_K_N")
+    assert "Did you mean q4_k_m" in caught.value.why
+
+
 @pytest.mark.parametrize(
     ("backend", "recipe_name", "remedy"),
     [

@@ -5,12 +5,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from edgeq import catalog, data, profiles, recipe, target
+from edgeq import catalog, data, profiles, recipe, tables, target
 from edgeq.errors import UsageFault
 from edgeq.estimating import memory
 from edgeq.estimating.estimate import Estimate, estimate
 from edgeq.profiles import Decode, Gaps, Prefill, Profile, Spread
-from edgeq.target import Target
+from edgeq.target import Figure, Target
 
 FOUR = recipe.parse("w4g32-e8-rtn-kv16")
 SIXTEEN = recipe.parse("f16-kv16")
@@ -81,10 +81,38 @@ def test_what_is_not_known_is_null_with_its_reason() -> None:
     assert found.memory_reason == "the memory of x86-avx2 is not known"
 
 
+def test_an_unknown_share_of_the_memory_is_assumed_and_named() -> None:
+    device = target.load("x86-laptop-ddr5")
+    memory_alone = msgspec.structs.replace(device.memory, total_bytes=Figure(16 << 30, "made up"), usable_share=None)
+    device = msgspec.structs.replace(device, memory=memory_alone)
+    shape = catalog.load("qwen3-0.6b").model
+    found = estimate(shape, "qwen3-0.6b", recipe.parse("w4g32-e8-rtn"), device, "onnx", context=4096)
+    assert found.fits is True
+    assert found.usable_bytes == int((16 << 30) * 0.7)
+    assert found.memory_reason == "what share of its memory is free for a model is not known: 70% is assumed"
+    assert memory.assumed_share(target.load("jetson")) is None
+    assert "70% is assumed" in tables.plain(tables.estimate(found))
+
+
 def test_a_file_that_exists_already_is_slower_when_larger() -> None:
     small, large = (_ask("qwen3-4b", "apple-m4", weights_bytes=size) for size in (2_000_000_000, 4_000_000_000))
     assert small.weights_bytes == 2_000_000_000
     assert _mid(small) > _mid(large)
+
+
+def test_weak_gpus_with_untuned_kernels_are_slowed_by_unpacking() -> None:
+    """Snapdragon 8 Gen 3, llama.cpp by OpenCL, Qwen2.5-1.5B Q4_0: 27.3 tokens/s (published.toml)."""
+    found = _ask("qwen2.5-1.5b", "snapdragon-8-gen-3-phone")
+    assert "unpacking the weights takes longer than reading" in found.basis
+    assert "unpacking" not in _ask("qwen2.5-1.5b", "jetson").basis
+    assert "unpacking" not in _ask("qwen2.5-1.5b", "raspberry-pi-5-8gb").basis
+
+
+def test_a_peak_that_is_a_lower_bound_makes_prompts_less_certain() -> None:
+    plain, bound = (_ask("qwen3-1.7b", device).prefill_tokens_per_s for device in ("apple-m4", "apple-m5"))
+    assert plain is not None
+    assert bound is not None
+    assert bound.high / bound.mid > 1.3 * plain.high / plain.mid
 
 
 def test_published_figures_are_met_where_device_and_runtime_have_some() -> None:

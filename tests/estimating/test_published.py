@@ -35,6 +35,29 @@ def test_families_name_targets_and_hosts() -> None:
         assert set(members) <= known
 
 
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.host}-{row.runtime}-{row.model}-{row.quantization}")
+def test_weights_have_bits_that_quantizations_have(row: Row) -> None:
+    assert 4.2 < 8 * row.weights_bytes / row.weights < 16.1
+
+
+def test_files_of_one_model_have_as_many_weights() -> None:
+    counts: dict[str, set[int]] = {}
+    for row in ROWS:
+        counts.setdefault(row.model, set()).add(row.weights)
+    assert all(len(found) == 1 for found in counts.values())
+
+
+def test_arm_targets_without_a_dot_product_are_named() -> None:
+    devices = [target.load(name) for name in target.names()]
+    lacking = {each.name for each in devices if each.cpu.arch == "aarch64" and "dotprod" not in each.cpu.isa}
+    named = set(published.read().traits.without_dot_product)
+    assert named - set(published.read().bandwidth_bytes_per_s) == lacking
+
+
+def test_makers_have_figures() -> None:
+    assert set(published.read().traits.makers) <= {row.runtime for row in ROWS}
+
+
 def test_long_answers_read_the_cache_of_their_middle() -> None:
     row = next(row for row in ROWS if row.generated)
     assert row.mean_kv_bytes == row.kv_bytes * (row.depth + row.generated / 2) / row.depth

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
-from edgeq.estimating.speed import Moved, Rate, Shares, around, logit
+from edgeq.estimating.speed import Moved, Rate, Shares, around, logit, longest
 
 SHARES = Shares(states=math.log(0.25), cache=math.log(0.2), cache_sd=0.3, k_quant=-0.2, figure_sd=0.08)
 RATE = Rate(logit(0.8), 0.4, math.log(1e-4), 0.5, 0.0, math.log(0.3), 0.4, SHARES, "made up")
@@ -19,6 +20,31 @@ def test_the_roofline() -> None:
 
 def test_k_layouts_take_longer() -> None:
     assert RATE.decode_s(Moved(2e9, 0, 0, k_quant=True), 30, 100e9) > RATE.decode_s(WEIGHTS, 30, 100e9)
+
+
+def test_unpacking_counts_where_arithmetic_is_scarce() -> None:
+    poor = replace(RATE, unpack=80.0, unpack_sd=0.3)
+    reading, operations = 2e9 / (100e9 * 0.8), 4e9 / 1e12
+    scarce, plenty = (replace(WEIGHTS, operation_s=4e9 / peak) for peak in (1e12, 1e15))
+    assert poor.decode_s(scarce, 0, 100e9) == pytest.approx(80 * operations, rel=0.01)
+    assert poor.decode_s(plenty, 0, 100e9) == pytest.approx(reading, rel=1e-6)
+    assert (poor.unpacks_longer(scarce, 100e9), poor.unpacks_longer(plenty, 100e9)) == (True, False)
+    assert RATE.decode_s(scarce, 0, 100e9) == pytest.approx(reading)
+
+
+def test_what_unpacking_takes_is_as_uncertain_as_its_operations() -> None:
+    poor = replace(RATE, unpack=80.0, unpack_sd=0.3)
+    found = poor.decode(replace(WEIGHTS, operation_s=4e9 / 1e12), 0, 100e9)
+    assert math.log(found.high / found.mid) == pytest.approx(1.645 * math.hypot(0.3, 0.08), rel=0.05)
+
+
+def test_what_decodes_slower_unpacks_slower() -> None:
+    assert replace(RATE, unpack=20.0).scaled(0.5, 1.0, "made up").unpack == 40.0
+
+
+def test_a_maximum_of_two_times_is_smooth() -> None:
+    assert longest(3.0, 0.0) == pytest.approx(3.0)
+    assert 3.0 < longest(3.0, 3.0) < 4.0
 
 
 def test_the_interval_holds_the_middle_and_grows_with_the_cache() -> None:

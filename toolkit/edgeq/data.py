@@ -54,7 +54,12 @@ def to_json(document: object) -> bytes:
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """Sentence that suggests the known names nearest to `name`."""
+    """Sentence that suggests the known names nearest to `name`, or else names all."""
     names = sorted(known)
-    close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
-    return f"Did you mean {' or '.join(close)}?" if close else f"Known: {', '.join(names)}"
+    return suggested(name, names) or f"Known: {', '.join(names)}."
+
+
+def suggested(name: str, known: Iterable[str]) -> str:
+    """Sentence that suggests the known names nearest to `name`; empty when none is near."""
+    close = difflib.get_close_matches(name.lower(), sorted(known), n=3, cutoff=0.4)
+    return f"Did you mean {' or '.join(close)}?" if close else ""

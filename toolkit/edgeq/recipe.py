@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
+from edgeq import data
 from edgeq.errors import UsageFault
 
 METHODS = ("rtn", "mse", "gptq", "guided", "tuned")
@@ -195,8 +196,9 @@ def parse(name: str) -> Recipe:
     if match is None:
         raise UsageFault(
             f"{name!r} is not a recipe",
-            why=f"A recipe is {', '.join(FLOATS)}, mix<bits>-<method>, or <body>-e<table>-<method>, then -kv16 or -kv8 "
-            "if wanted; the body is w<2|4|8>g<16|32|64|128|col>, w<2|4|8>ag... with zero points, or one of "
+            why=f"{data.near(name, SHIPPED)} A recipe is {', '.join(FLOATS)}, mix<bits>-<method>, or "
+            "<body>-e<table>-<method>, then -kv16 or -kv8 if wanted; the body is w<2|4|8>g<16|32|64|128|col>, "
+            "w<2|4|8>ag... with zero points, or one of "
             f"{', '.join(GGML)}; the table is 4, 8, 16 or one of these. Three bits are q3_k.",
             run="edgeq models show qwen3-0.6b",
         )
@@ -205,7 +207,7 @@ def parse(name: str) -> Recipe:
         return Recipe(FLOATS[match["float"]], FLOATS[match["float"]], "none", kv_bits)
     method = match["mix"] or match["method"]
     if method not in METHODS:
-        raise UsageFault(f"{name!r}: unknown method {method!r}", why=f"Known: {', '.join(METHODS)}")
+        raise UsageFault(f"{name!r}: unknown method {method!r}", why=data.near(method, METHODS))
     if match["mix"]:
         bits = float(match["mixed_bits"]) if match["mixed_bits"] else None
         return Recipe(plain(4, 32), plain(8, 32), method, kv_bits, mixed=True, mixed_bits=bits)

@@ -90,7 +90,8 @@ def _layouts(chosen: dict[str, str]) -> str:
 def estimate(document: Estimate) -> Table:
     """What a model would need and reach; estimates start with ~."""
     usable = show_bytes(document.usable_bytes)
-    verdict = {True: f"yes, of {usable} usable", False: f"no, {usable} usable", None: f"- ({document.memory_reason})"}
+    assumed = f" ({document.memory_reason})" if document.memory_reason else ""
+    verdict = {True: f"yes, of {usable} usable{assumed}", False: f"no, {usable} usable{assumed}", None: f"-{assumed}"}
     return _facts(
         ("model", f"{document.model} {document.recipe}"),
         ("target", f"{document.target}, {document.backend}"),

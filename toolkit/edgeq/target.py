@@ -172,7 +172,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """What a runtime reaches on the device, as `scripts/refit` writes it: `estimating.speed` says what it means.
 
     eta: share of the theoretical bandwidth; layer_s: seconds of each layer on top; compute: share of the peak
-    arithmetic; intervals hold 90 %; correlation: of the errors of logit(eta) and ln(layer_s).
+    arithmetic; unpack: operations for each weight of a decoded token, null where the peak is not known; intervals hold
+    90 %; correlation: of the errors of logit(eta) and ln(layer_s).
     """
 
     eta: float
@@ -182,12 +183,16 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     correlation: float
     compute: float
     compute_interval: tuple[float, float]
+    unpack: float | None = None
+    unpack_interval: tuple[float, float] | None = None
     source: str
 
     def __post_init__(self) -> None:
-        for name in ("eta", "layer_s", "compute"):
-            low, high = getattr(self, f"{name}_interval")
-            if not 0 < low <= getattr(self, name) <= high:
+        for name in ("eta", "layer_s", "compute", "unpack"):
+            value, interval = getattr(self, name), getattr(self, f"{name}_interval")
+            if (value is None) != (interval is None):
+                raise ValueError(f"{name} and {name}_interval go together")
+            if interval and not 0 < interval[0] <= value <= interval[1]:
                 raise ValueError(f"{name} is not positive and within {name}_interval")
         if not self.eta_interval[1] < 1 or not -1 <= self.correlation <= 1 or not self.source.strip():
             raise ValueError("eta_interval reaches 1, correlation is none, or source is empty")

@@ -142,8 +142,9 @@ def _parse(name: str) -> Recipe:
     try:
         return recipe.parse(name)
     except UsageFault as fault:
-        known = ", ".join(formats.NAMES)
-        raise UsageFault(fault.what, why=f"{fault.why} Published quantizations: {known}.", run=fault.run) from fault
+        known, nearest = ", ".join(formats.NAMES), data.suggested(name, formats.NAMES)
+        why = f"{fault.why} Published quantizations: {known}. {nearest}".rstrip()
+        raise UsageFault(fault.what, why=why, run=fault.run) from fault
 
 
 def _recipe(shape: Model, target: Target, runtime: str, name: str) -> Recipe:

@@ -10,23 +10,25 @@ import msgspec
 
 from edgeq import size, sources
 from edgeq.errors import UsageFault
-from edgeq.estimating import anchors, doubts, memory, rates
+from edgeq.estimating import anchors, doubts, memory, published, rates
 from edgeq.estimating.speed import Moved, Range, Rate
 from edgeq.model import Model
 from edgeq.profiles import Profile
 from edgeq.recipe import Recipe, parse
-from edgeq.target import Target
+from edgeq.target import Figure, Target
 
 PROMPT = 512
 """Tokens of the prompt that `prefill_tokens_per_s` and `first_token_s` are about, less in a smaller context."""
+LOWER_BOUND_SD = math.log(2)
+"""Deviation of the logarithm of a peak that is a lower bound: matrix units have two to four times the others' rate."""
 
 
 class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     """The document of `edgeq estimate`: bytes, tokens per second, seconds; null where unknown, the reason beside it.
 
-    context: tokens that the cache has room for; depth: those in it when decode is estimated. max_context: the most that
-    fit, at most `model_context`, the model's own. first_token_s: of a prompt of `prompt` tokens. basis: which data and
-    which formula.
+    context: tokens that the cache has room for; depth: those in it when decode is estimated. max_context: the most
+    that fit, at most `model_context`, the model's own. memory_reason: why `fits` is null, or what it assumes.
+    first_token_s: of a prompt of `prompt` tokens. basis: which data and which formula.
     """
 
     model: str
@@ -118,13 +120,22 @@ def moved(model: Model, recipe: Recipe, target: Target, backend: str, weights_by
     weights_bytes: of the file, which an engine may widen. States are read and written, keys and values of all earlier
     tokens are read.
     """
+    used = 1 - _looked_up(model, recipe, backend)
+    peak = _peak(target, backend)
+    on_gpu = published.processor(rates.api_of(target, backend)) == "gpu"
     return Moved(
-        weights=weights_bytes * (1 - _looked_up(model, recipe, backend))
-        + memory.widened(model, recipe, target, backend).read,
+        weights=weights_bytes * used + memory.widened(model, recipe, target, backend).read,
         states=2 * memory.recurrent_bytes(model),
         cache=memory.cache_bytes_per_token(model, recipe, backend) * depth,
         k_quant=recipe.body.is_ggml and recipe.body.name.endswith("_k"),
+        operation_s=model.parameters * used / peak.value if peak and on_gpu else 0.0,
     )
+
+
+def _peak(target: Target, backend: str) -> Figure | None:
+    """Peak arithmetic of the processor that a backend uses."""
+    part = target.cpu if rates.api_of(target, backend) == "cpu" else target.gpu
+    return part.fp16_flop_per_s if part else None
 
 
 def _looked_up(model: Model, recipe: Recipe, backend: str) -> float:
@@ -150,13 +161,10 @@ def _shape(name: str) -> Model:
 
 
 def _fits(found: memory.Needed, target: Target) -> tuple[bool | None, str | None]:
-    usable, total = memory.usable_bytes(target), target.memory.total_bytes
-    if usable is not None:
-        return found.total_bytes <= usable, None
-    if total is None:
+    usable = memory.usable_bytes(target)
+    if usable is None:
         return None, f"the memory of {target.name} is not known"
-    reason = f"what share of the memory of {target.name} a model may take is not known"
-    return (False if found.total_bytes > total.value else None), reason
+    return found.total_bytes <= usable, memory.assumed_share(target)
 
 
 @dataclass(frozen=True)
@@ -191,9 +199,9 @@ class _Device:
     @classmethod
     def of(cls, target: Target, backend: str) -> _Device:
         bandwidth = target.memory.bandwidth_bytes_per_s
-        part = target.cpu if rates.api_of(target, backend) == "cpu" else target.gpu
-        peak = part.fp16_flop_per_s if part else None
-        rate = rates.find(target, backend)
+        peak, rate = _peak(target, backend), rates.find(target, backend)
+        if peak and "lower bound" in peak.source:
+            rate = replace(rate, compute_sd=math.hypot(rate.compute_sd, LOWER_BOUND_SD))
         return cls(target.name, rate, bandwidth.value if bandwidth else None, peak.value if peak else None)
 
     def anchored(self, anchor: Profile, target: Target) -> _Device:
@@ -254,6 +262,8 @@ class _Device:
                 f"decode = (weights + states / {math.exp(shares.states):.2f} + cache / {math.exp(shares.cache):.2f})"
                 f" / {reached} + {work.model.layers} layers x {rate.layer_s * 1e6:.0f} us"
             )
+            if rate.unpacks_longer(work.moved, self.bandwidth):
+                words.append(f"unpacking the weights takes longer than reading: {rate.unpack:.0f} operations on each")
         if self.bandwidth is not None and self.peak is not None:
             words.append(f"prefill = operations / ({self.peak / 1e12:.3g} TFLOP/s x {math.exp(rate.log_compute):.2f})")
         return "; ".join(words)

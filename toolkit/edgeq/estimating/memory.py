@@ -13,6 +13,8 @@ from edgeq.target import Target
 
 CHUNK = 512
 """Tokens of a prompt that an engine runs at once (llama.cpp's `ubatch`)."""
+USUAL_SHARE = 0.7
+"""Of the memory, for a model: a laptop's, as targets/x86-laptop-ddr5.toml has it."""
 _FLOAT = 4
 _GGML_CACHE_BITS = {8: 8.5}  # Q8_0: 34 bytes for 32 values
 _PROCESS_BYTES = 71_000_000  # a loaded session of ONNX Runtime with a model of 2 MB: profiles/x86-avx512-vnni
@@ -94,9 +96,16 @@ def largest_context(model: Model, found: Needed, usable_bytes: int) -> int:
 
 
 def usable_bytes(target: Target) -> int | None:
-    """Bytes of a target that a model may take; None where its size or its usable share is unknown."""
+    """Bytes of a target that a model may take, by a usual share where its own is unknown; None for an unknown size."""
     total, share = target.memory.total_bytes, target.memory.usable_share
-    return int(total.value * share.value) if total and share else None
+    return int(total.value * (share.value if share else USUAL_SHARE)) if total else None
+
+
+def assumed_share(target: Target) -> str | None:
+    """Sentence about a usual share that stands for an unknown one; None where the target has its own or no size."""
+    if target.memory.total_bytes is None or target.memory.usable_share:
+        return None
+    return f"what share of its memory is free for a model is not known: {USUAL_SHARE:.0%} is assumed"
 
 
 def scale_bits(recipe: Recipe, backend: str) -> int:

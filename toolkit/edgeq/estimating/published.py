@@ -23,6 +23,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     depth: int
     generated: int = 0
     weights_bytes: int
+    weights: int
     weights_basis: str
     state_bytes: int
     kv_bytes: int
@@ -32,6 +33,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     source: str
     note: str | None = None
     outside: bool = False
+    computed_on: str | None = None
 
     def __post_init__(self) -> None:
         if self.trust not in ("A", "B", "C") or not self.source.strip():
@@ -41,6 +43,13 @@ class Row(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     def mean_kv_bytes(self) -> float:
         """Bytes of keys and values at the middle of what was written."""
         return self.kv_bytes * (1 + self.generated / 2 / self.depth) if self.depth else 0.0
+
+
+class Traits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What runtimes and hosts of many families have in common."""
+
+    makers: tuple[str, ...]
+    without_dot_product: tuple[str, ...]
 
 
 class Relative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,12 +64,13 @@ class Relative(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class Published(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All rows and relations, the bandwidth of hosts that are no targets, and families of devices.
+    """All rows and relations, the bandwidth of hosts that are no targets, traits, and families of devices.
 
     The latter are by processor, "cpu" or "gpu".
     """
 
     bandwidth_bytes_per_s: dict[str, int]
+    traits: Traits
     families: dict[str, dict[str, tuple[str, ...]]]
     relative: tuple[Relative, ...]
     rows: tuple[Row, ...]

@@ -81,6 +81,8 @@ def as_rate(found: Calibration, runtime: str) -> Rate:
         correlation=found.correlation,
         log_compute=math.log(found.compute),
         compute_sd=_deviation(found.compute_interval),
+        unpack=found.unpack or 0.0,
+        unpack_sd=_deviation(found.unpack_interval) if found.unpack_interval else 0.0,
         shares=Shares(math.log(shared.states), math.log(cache), cache_sd, shared.k_quant, shared.figure_sd),
         source=found.source,
     )

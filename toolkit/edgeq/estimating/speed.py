@@ -1,10 +1,14 @@
 """Seconds that a token takes: the roofline of a device under a runtime, as pure arithmetic.
 
-    seconds = (weights + states / states_share + cache / cache_share) / (bandwidth x eta) + layers x layer_s
+    seconds = max(weights / (bandwidth x eta), unpacking)
+            + (states / states_share + cache / cache_share) / (bandwidth x eta) + layers x layer_s
+    unpacking = number of weights x unpack / peak
 
 `eta` is the share of the theoretical bandwidth that reading weights reaches, `layer_s` what each layer costs on top
-(kernel launches, synchronisation). States and keys and values are read by kernels that reach a smaller share. Reading a
-prompt is arithmetic: operations / (peak x compute), or reading the weights once where that takes longer.
+(kernel launches, synchronisation). States and keys and values are read by kernels that reach a smaller share. `unpack`
+is how many operations kernels spend on each weight, at the peak of a GPU: it counts where arithmetic is scarce beside
+bandwidth, or kernels are poor. Both overlap, so that the maximum is a smooth one. Reading a prompt is arithmetic:
+operations / (peak x compute), or reading the weights once where that takes longer.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ import msgspec
 
 NINETY = 1.645
 """Standard deviations on each side of a normal distribution's mean that hold 90 % of it."""
+SHARPNESS = 4
+"""Power of the norm that stands for a maximum of two times."""
 _ROUNDS = 12
 
 
@@ -29,12 +35,16 @@ class Range(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Moved:
-    """Bytes that one decoded token reads or writes; k_quant: most weights are in GGML's K layouts."""
+    """Bytes that one decoded token reads or writes; k_quant: most weights are in GGML's K layouts.
+
+    operation_s: seconds of one operation for each weight at the GPU's peak, 0 where that is not known.
+    """
 
     weights: float
     states: float
     cache: float
     k_quant: bool = False
+    operation_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,8 @@ class Shares:
 class Rate:
     """What a runtime reaches on a device, as far as it is known: a normal distribution of logit(eta) and ln(layer_s).
 
-    compute: ln of the share of the peak arithmetic that reading a prompt reaches, with its deviation.
+    compute: ln of the share of the peak arithmetic that reading a prompt reaches, with its deviation; unpack:
+    operations on each weight, 0 where they are not known, with the deviation of their logarithm.
     """
 
     logit_eta: float
@@ -69,6 +80,8 @@ class Rate:
     compute_sd: float
     shares: Shares
     source: str
+    unpack: float = 0.0
+    unpack_sd: float = 0.0
 
     @property
     def eta(self) -> float:
@@ -80,22 +93,27 @@ class Rate:
         """Middle seconds of a layer."""
         return math.exp(self.log_layer_s)
 
+    def unpacks_longer(self, moved: Moved, bandwidth: float) -> bool:
+        """Whether unpacking the weights takes longer than reading them."""
+        weights, unpacking, *_ = self._parts(moved, 0, bandwidth)
+        return unpacking > weights
+
     def decode_s(self, moved: Moved, layers: int, bandwidth: float) -> float:
         """Seconds of one decoded token."""
-        return sum(self._parts(moved, layers, bandwidth))
+        weights, unpacking, rest, cache, overhead = self._parts(moved, layers, bandwidth)
+        return longest(weights, unpacking) + rest + cache + overhead
 
     def decode(self, moved: Moved, layers: int, bandwidth: float) -> Range:
         """Tokens per second of decoding."""
-        to_eta, to_layer, to_cache = self._slopes(moved, layers, bandwidth)
-        variance = (to_eta * self.eta_sd) ** 2 + (to_layer * self.layer_sd) ** 2
+        to_eta, to_layer, unexplained = self._slopes(moved, layers, bandwidth)
+        variance = (to_eta * self.eta_sd) ** 2 + (to_layer * self.layer_sd) ** 2 + unexplained
         variance += 2 * to_eta * to_layer * self.correlation * self.eta_sd * self.layer_sd
-        variance += (to_cache * self.shares.cache_sd) ** 2 + self.shares.figure_sd**2
         return around(1 / self.decode_s(moved, layers, bandwidth), math.sqrt(variance))
 
     def bandwidth(self, seconds: float, moved: Moved, layers: int) -> float:
         """Bandwidth at which a token takes `seconds`, if at least half of them are not the layers' overhead."""
-        reading, cache, overhead = self._parts(moved, layers, 1.0)
-        return (reading + cache) / max(seconds - overhead, seconds / 2)
+        weights, _, rest, cache, overhead = self._parts(moved, layers, 1.0)
+        return (weights + rest + cache) / max(seconds - overhead, seconds / 2)
 
     def prefill(self, operations: float, peak: float, moved: Moved, layers: int, bandwidth: float) -> Range:
         """Runs per second of a chunk of a prompt that takes so many operations and reads the weights once."""
@@ -111,11 +129,10 @@ class Rate:
         covariance = self.correlation * self.eta_sd * self.layer_sd
         found = self
         for _ in range(_ROUNDS):
-            to_eta, to_layer, to_cache = found._slopes(moved, layers, bandwidth)
+            to_eta, to_layer, unexplained = found._slopes(moved, layers, bandwidth)
             along_eta = to_eta * self.eta_sd**2 + to_layer * covariance
             along_layer = to_eta * covariance + to_layer * self.layer_sd**2
-            total = to_eta * along_eta + to_layer * along_layer
-            total += (to_cache * self.shares.cache_sd) ** 2 + self.shares.figure_sd**2
+            total = to_eta * along_eta + to_layer * along_layer + unexplained
             missed = math.log(seconds / found.decode_s(moved, layers, bandwidth))
             missed += to_eta * (found.logit_eta - self.logit_eta) + to_layer * (found.log_layer_s - self.log_layer_s)
             found = replace(
@@ -135,23 +152,34 @@ class Rate:
             logit_eta=logit(self.eta * decode),
             log_layer_s=self.log_layer_s - math.log(decode),
             log_compute=self.log_compute + math.log(prefill),
+            unpack=self.unpack / decode,
             source=source,
         )
 
-    def _parts(self, moved: Moved, layers: int, bandwidth: float) -> tuple[float, float, float]:
-        """Seconds for weights and states, for the cache, and for layers."""
+    def _parts(self, moved: Moved, layers: int, bandwidth: float) -> tuple[float, float, float, float, float]:
+        """Seconds for reading weights, for unpacking them, for states, for the cache, and for layers."""
         reached = bandwidth * self._eta(moved)
-        reading = (moved.weights + moved.states / math.exp(self.shares.states)) / reached
-        return reading, moved.cache / math.exp(self.shares.cache) / reached, layers * self.layer_s
+        states, cache = moved.states / math.exp(self.shares.states), moved.cache / math.exp(self.shares.cache)
+        unpacking = self.unpack * moved.operation_s
+        return moved.weights / reached, unpacking, states / reached, cache / reached, layers * self.layer_s
 
     def _eta(self, moved: Moved) -> float:
         return _sigmoid(self.logit_eta + (self.shares.k_quant if moved.k_quant else 0.0))
 
     def _slopes(self, moved: Moved, layers: int, bandwidth: float) -> tuple[float, float, float]:
-        """Slopes of ln(seconds) along logit(eta), ln(layer_s) and ln(the cache's share)."""
-        reading, cache, overhead = self._parts(moved, layers, bandwidth)
-        total = reading + cache + overhead
-        return -(reading + cache) / total * (1 - self._eta(moved)), overhead / total, -cache / total
+        """Slopes of ln(seconds) along logit(eta) and ln(layer_s), and its variance by all else that is uncertain."""
+        weights, unpacking, states, cache, overhead = self._parts(moved, layers, bandwidth)
+        matrices = longest(weights, unpacking)
+        total = matrices + states + cache + overhead
+        unpacked = matrices * (unpacking / matrices) ** SHARPNESS
+        unexplained = (unpacked / total * self.unpack_sd) ** 2 + (cache / total * self.shares.cache_sd) ** 2
+        along_eta = -(matrices - unpacked + states + cache) / total * (1 - self._eta(moved))
+        return along_eta, overhead / total, unexplained + self.shares.figure_sd**2
+
+
+def longest(one: float, other: float) -> float:
+    """A smooth maximum of two times that overlap."""
+    return float((one**SHARPNESS + other**SHARPNESS) ** (1 / SHARPNESS))
 
 
 def around(mid: float, deviation: float) -> Range:

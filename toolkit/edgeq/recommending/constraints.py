@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from edgeq import data
 from edgeq.errors import UsageFault
 from edgeq.estimating.speed import Range
 from edgeq.recommending import ordering
@@ -151,4 +152,4 @@ def _about(candidate: Candidate) -> str:
 
 def _known(option: str, word: str, words: tuple[str, ...]) -> None:
     if word not in words:
-        raise UsageFault(f"{option} {word!r} is not known", why=f"Known: {', '.join(words)}.")
+        raise UsageFault(f"{option} {word!r} is not known", why=data.near(word, words))

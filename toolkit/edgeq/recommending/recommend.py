@@ -18,7 +18,6 @@ from edgeq.target import Target
 
 CONTEXT = 4096
 _STEP = 256  # tokens that a context named in a remedy is a multiple of
-_USUAL_SHARE = 0.7  # a laptop's, as targets/x86-laptop-ddr5.toml has it
 
 
 def recommend(
@@ -39,7 +38,7 @@ def recommend(
     wanted = wanted or Constraints()
     constraints.check(wanted)
     device, context = detect.resolve(target), context or CONTEXT
-    usable = _room(device)
+    usable = memory.usable_bytes(device)
     found = front.timed(candidates.find(device, context, recipes=recipes, engines=engines))
     judged = [
         (each, constraints.missed(each, wanted, usable))
@@ -199,12 +198,6 @@ def _place(each: Candidate) -> tuple[bool, bool, bool, bool, float]:
     return each.verdict != "chosen", each.evidence != "measured", not each.front, not each.considered, -worth
 
 
-def _room(device: Target) -> int | None:
-    """Bytes that a model may take: what the target says, a usual share where it knows its size alone."""
-    total = device.memory.total_bytes
-    return memory.usable_bytes(device) or (int(total.value * _USUAL_SHARE) if total else None)
-
-
 def _doubts(choice: Candidate | None, found: list[Candidate], device: Target) -> list[str]:
     """What makes the choice's speed less certain than its interval, unless its backend was measured there."""
     if choice is None or choice.decode_tokens_per_s is None:
@@ -217,8 +210,8 @@ def _doubts(choice: Candidate | None, found: list[Candidate], device: Target) ->
 
 def _notes(found: list[Candidate], wanted: Constraints, device: Target) -> tuple[str, ...]:
     notes = [device.install_doubt] if device.install_doubt else []
-    if device.memory.total_bytes and not device.memory.usable_share:
-        notes.append(f"what share of its memory is free for a model is not known: {_USUAL_SHARE:.0%} is assumed")
+    if assumed := memory.assumed_share(device):
+        notes.append(assumed)
     if {"vision", "video"} & set(wanted.capability):
         notes.append("edgeq builds the text model alone: the vision tower is left out of memory and speed")
     if not any(each.decode_tokens_per_s and each.quality for each in found):
