@@ -113,7 +113,7 @@ def stop_in_the_second_pass(phase: str, done: int, total: int) -> None:
 
 
 def test_tuning_that_was_stopped_goes_on_after_its_last_pass_to_the_same_bits(tiny: Build, tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(tiny("3.5"))
+    checkpoint = Checkpoint.open(tiny("3"))
     straight = walked(checkpoint, tmp_path / "straight")
     with pytest.raises(Interrupted):
         walked(checkpoint, tmp_path / "stopped", stop_in_the_second_pass)
