@@ -8,14 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 import checkpoints
 from checkpoints import Build, quiet
 from edgeq import building, bundle, calibration, data, planning, store
+from edgeq.backends.base import Progress
 from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import CorruptInput, DiskFault, GateFailed, Interrupted, UsageFault
+from edgeq.walk import gradients
+from edgeq.walk.layered import Layered
 
 DEMO = (data.folder("demo") / "calibration.txt").read_text(encoding="utf-8")
 
@@ -146,6 +150,29 @@ def test_a_manifest_records_the_text_and_nothing_else_is_left(tiny: Build, tmp_p
     assert hidden(tmp_path) == []
 
 
+@pytest.mark.parametrize(("name", "count", "fitted"), [("w4g32-e8-guided", 2, 2), ("w4g32-e8-tuned", 5, 2)])
+def test_scales_are_tuned_over_more_windows_than_matrices_are_fitted_to(
+    tiny: Build, tmp_path: Path, text: Path, name: str, count: int, fitted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "WINDOWS", 2)
+    monkeypatch.setattr(calibration, "TUNED", 5)
+    seen: list[NDArray[np.int32]] = []
+    find = gradients.token_weights
+
+    def note(model: Layered, tokens: NDArray[np.int32], folder: Path, progress: Progress) -> object:
+        seen.append(tokens)
+        return find(model, tokens, folder, progress)
+
+    monkeypatch.setattr(gradients, "token_weights", note)
+    checkpoint = tiny("3")
+    building.build(plan(checkpoint, tmp_path / "out", text, recipe_name=name), quiet)
+    length = Checkpoint.open(checkpoint).model.context
+    found = bundle.read(tmp_path / "out").calibration
+    assert found is not None
+    assert found.tokens == count * min(calibration.LENGTH, length)
+    assert [len(tokens) for tokens in seen] == [fitted]
+
+
 def test_a_stopped_build_keeps_its_walk_and_a_later_one_makes_the_same_bundle(
     tiny: Build, tmp_path: Path, text: Path
 ) -> None:
@@ -225,7 +252,7 @@ def test_checkpoints_without_a_template_are_read_as_plain_text(tmp_path: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["w4g32-e8-gptq", "w4g32-e8-guided"])
+@pytest.mark.parametrize("name", ["w4g32-e8-gptq", "w4g32-e8-tuned"])
 def test_a_bundle_is_the_same_bytes_whatever_the_threads_and_the_order_of_sets(
     tiny: Build, tmp_path: Path, text: Path, name: str
 ) -> None:

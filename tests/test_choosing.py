@@ -93,7 +93,7 @@ def test_a_built_mix_records_its_layouts_and_keeps_its_bits(tiny: Build, tmp_pat
     text.write_text(TEXT, encoding="utf-8")
     folder = tiny("3")
     work = plan(
-        folder, recipe_name="mix7.5-guided", backend=backend, calibration_text=str(text), out=tmp_path / "bundle"
+        folder, recipe_name="mix7.5-tuned", backend=backend, calibration_text=str(text), out=tmp_path / "bundle"
     )
     built = building.build(work, quiet)
     assert built.gate.passed
@@ -102,7 +102,7 @@ def test_a_built_mix_records_its_layouts_and_keeps_its_bits(tiny: Build, tmp_pat
     assert made.layouts is not None
     assert set(made.layouts) == set(filter(size.is_quantized, Checkpoint.open(folder).model.tensors()))
     assert len(set(made.layouts.values())) > 1
-    assert made.recipe == "mix7.5-guided"
+    assert made.recipe == "mix7.5-tuned"
     assert not list(tmp_path.glob(".edgeq*"))
 
 
