@@ -81,7 +81,8 @@ def build(
     max_size: Annotated[str | None, typer.Option(help="Largest bundle without its reference, such as 450MB.")] = None,
     max_loss: Annotated[float | None, typer.Option(help="Largest KL divergence, nats per token.")] = None,
     calibration: Annotated[
-        str | None, typer.Option(help="Text for gptq, guided, tuned, -kv8: FILE, DIR, self (written by the model) or bundled.")
+        str | None,
+        typer.Option(help="Text for gptq, guided, tuned, -kv8: FILE, DIR, self (written by the model) or bundled."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be built.")] = False,
     offline: Offline = False,
