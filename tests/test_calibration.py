@@ -155,6 +155,7 @@ def test_scales_are_tuned_over_more_windows_than_matrices_are_fitted_to(
     tiny: Build, tmp_path: Path, text: Path, name: str, count: int, fitted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, "WINDOWS", 2)
+    monkeypatch.setattr("edgeq.walk.windows.FITTED", 2)
     monkeypatch.setattr(calibration, "TUNED", 5)
     seen: list[NDArray[np.int32]] = []
     find = gradients.token_weights

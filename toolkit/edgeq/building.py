@@ -29,7 +29,7 @@ from edgeq.version import VERSION
 from edgeq.walk import footprint, ranges, windows
 from edgeq.walk import run as walk
 from edgeq.walk.run import Walked
-from edgeq.walk.windows import Held
+from edgeq.walk.windows import Held, fitted
 
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _TEMPLATE = "chat_template.jinja"
@@ -100,7 +100,7 @@ def build(work: Plan, progress: Progress) -> Built:
             longest, demo = checkpoint.model.context, source.kind == "demo"
             text = calibration.read(checkpoint, work.calibration, demo, longest, step, count)
             if engine.calibrates_cache(work.recipe):
-                cache = ranges.cache_ranges(checkpoint, calibration.fitted(text.windows), step)
+                cache = ranges.cache_ranges(checkpoint, fitted(text.windows), step)
         work, walked = _walk(work, checkpoint, held, source, text, folder.parent, stack, step)
         _copy_side_files(checkpoint, template, folder)
         compiled = engine.build(
@@ -111,8 +111,8 @@ def build(work: Plan, progress: Progress) -> Built:
         if compiled is not None:
             draft = msgspec.structs.replace(draft, kernels=compiled.kernels, memory=compiled.memory)
         if text is not None:
-            fitted = bundle.Calibration(text.source, text.sha256, int(text.windows.size))
-            draft = msgspec.structs.replace(draft, calibration=fitted)
+            recorded = bundle.Calibration(text.source, text.sha256, int(text.windows.size))
+            draft = msgspec.structs.replace(draft, calibration=recorded)
         _check_size(work, draft)
         result, record = _gate(engine, folder, draft, checkpoint, walked, work.max_loss, step)
         lossy = result.kl_mean is not None and result.kl_mean > work.max_loss
@@ -148,7 +148,7 @@ def _walk(
         if text is not None and work.recipe.calibrated:
             resumed = stack.enter_context(store.resumable(parent, _walk_key(work, source, text, held)))
             needed = work.bytes + footprint.disk(
-                checkpoint.model, work.recipe, int(calibration.fitted(text.windows).size), int(text.windows.size)
+                checkpoint.model, work.recipe, int(fitted(text.windows).size), int(text.windows.size)
             )
             store.require_room(resumed, needed - sum(path.stat().st_size for path in resumed.rglob("*")))
         walked = walk.quantize(checkpoint, work.recipe, held, windows, resumed, progress)

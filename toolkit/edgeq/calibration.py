@@ -15,8 +15,9 @@ from edgeq import chat, data, transformer
 from edgeq.backends.base import Progress
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import CorruptInput, UsageFault
+from edgeq.walk.windows import FITTED
 
-WINDOWS, LENGTH = 32, 512
+WINDOWS, LENGTH = FITTED, 512
 """Windows that matrices are fitted to, and tokens of each."""
 TUNED = 128
 """Windows over which scales are tuned: what has more freedom wants more text."""
@@ -61,12 +62,6 @@ def read(
     template = None if demo else checkpoint.chat_template()
     pieces = [text] if template is None else list(_as_chat(text, template))
     return Calibration(_cut(_tokens(checkpoint, pieces), count, length, source), source, digest)
-
-
-def fitted(windows: NDArray[np.int32]) -> NDArray[np.int32]:
-    """Those of some windows, spread over them, that matrices are fitted to: `WINDOWS` at most."""
-    found: NDArray[np.int32] = windows[np.linspace(0, len(windows) - 1, min(WINDOWS, len(windows))).astype(int)]
-    return found
 
 
 def _bundled(demo: bool) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq import accuracy, calibration
+from edgeq import accuracy
 from edgeq.accuracy import Reference, likeliest
 from edgeq.backends.base import Progress
 from edgeq.checkpoint import Checkpoint
@@ -23,7 +23,7 @@ from edgeq.quantize.kept import Rows, Solutions
 from edgeq.quantize.solve import stored_exactly
 from edgeq.recipe import Recipe
 from edgeq.size import is_quantized
-from edgeq.walk import gradients, head, layers, tuning
+from edgeq.walk import gradients, head, layers, tuning, windows
 from edgeq.walk.layered import Layered
 from edgeq.walk.states import States
 from edgeq.walk.windows import Held
@@ -86,7 +86,7 @@ def quantize(
     names = [name for name in checkpoint.model.tensors() if is_quantized(name)]
     if all(stored_exactly(checkpoint, recipe, name) for name in names):
         return Walked(reference(checkpoint, held, progress), 0.0, solutions)
-    fitted = None if text is None else calibration.fitted(text)
+    fitted = None if text is None else windows.fitted(text)
     with ExitStack() as stack:
         exact, quantized = _open(stack, checkpoint), _open(stack, checkpoint)
         states = States.load(folder) if folder else None

@@ -1,4 +1,4 @@
-"""Windows of a held-out text, on which losses are measured."""
+"""Windows of texts: held out, on which losses are measured, and those that matrices are fitted to."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ LENGTH = 128
 QUICK_WINDOWS = 8
 FULL_WINDOWS = 48
 FULL_TOP_K = 4096
+FITTED = 32
+"""Windows of a calibration text that matrices are fitted to."""
 
 
 @dataclass(frozen=True)
@@ -63,3 +65,9 @@ def windows(folder: Path, text: str, count: int, length: int, vocab: int) -> NDA
         raise UsageFault(f"the text has {len(ids)} tokens", why=f"The accuracy check needs at least {length}.")
     starts = np.linspace(0, len(ids) - length, count).astype(int)
     return np.array([ids[start : start + length] for start in starts], np.int32)
+
+
+def fitted(windows: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Those of some windows, spread over them, that matrices are fitted to: `FITTED` at most."""
+    found: NDArray[np.int32] = windows[np.linspace(0, len(windows) - 1, min(FITTED, len(windows))).astype(int)]
+    return found
