@@ -118,8 +118,9 @@ def test_a_model_without_published_scores_is_never_ranked() -> None:
     ],
 )
 def test_words_that_mean_nothing_are_refused(wanted: Constraints) -> None:
-    with pytest.raises(UsageFault):
+    with pytest.raises(UsageFault) as caught:
         constraints.check(wanted)
+    assert caught.value.run.startswith("edgeq recommend ... ")
 
 
 def test_what_is_wrong_with_a_number_is_said() -> None:
@@ -129,3 +130,6 @@ def test_what_is_wrong_with_a_number_is_said() -> None:
         constraints.check(Constraints(max_loss=5))
     assert caught.value.run.endswith("--max-loss 0.05")
     constraints.check(Constraints(max_loss=1))
+    with pytest.raises(UsageFault) as caught:
+        constraints.check(Constraints(evidence="mesured"))
+    assert caught.value.run == "edgeq recommend ... --evidence measured or estimated or any"

@@ -295,7 +295,7 @@ def recommendation(document: Recommendation) -> Group:
     others = [f"{each.title}: {'; '.join(each.reasons)}" for each in shown if each is not choice]
     return Group(
         f"{document.target}, {document.context} tokens of context"
-        + (f": {choice.title}" if choice else ": nothing fits"),
+        + (f": {choice.title}" if choice else ": none meets all constraints"),
         *([f"  {reason}" for reason in choice.reasons] if choice else []),
         *(f"  {note}" for note in document.notes),
         "",

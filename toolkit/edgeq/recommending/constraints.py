@@ -43,7 +43,11 @@ def check(wanted: Constraints) -> None:
     }
     for option, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
-            raise UsageFault(f"{option} {value:g} is not possible", why="It must be above 0, and finite.")
+            raise UsageFault(
+                f"{option} {value:g} is not possible",
+                why="It must be above 0, and finite.",
+                run=f"edgeq recommend ... without {option}",
+            )
     if wanted.max_loss is not None and wanted.max_loss > 1:
         raise UsageFault(
             f"--max-loss {wanted.max_loss:g} is not possible",
@@ -152,4 +156,8 @@ def _about(candidate: Candidate) -> str:
 
 def _known(option: str, word: str, words: tuple[str, ...]) -> None:
     if word not in words:
-        raise UsageFault(f"{option} {word!r} is not known", why=data.near(word, words))
+        raise UsageFault(
+            f"{option} {word!r} is not known",
+            why=data.near(word, words),
+            run=f"edgeq recommend ... {option} {' or '.join(words)}",
+        )
