@@ -102,6 +102,14 @@ def test_auto_is_the_first_backend_that_holds_the_recipe_as_in_a_build(recipe_na
     assert asked.ask("qwen3-0.6b", target="pi5", recipe_name=recipe_name).backend == backend
 
 
+def test_what_recommend_calls_marginal_an_estimate_calls_so_too(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["estimate", "qwen3.5-9b", "--target", "m1", "--recipe"]
+    assert cli.main([*words, "w4g32-e4-rtn-kv16"]) == 0
+    assert "yes, of 5.76 GiB usable, marginal: up to 5% more may be needed" in capsys.readouterr().out
+    assert cli.main(["estimate", "qwen3.5-4b", "--target", "m1"]) == 0
+    assert "marginal" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [

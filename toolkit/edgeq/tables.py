@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from edgeq.estimating.memory import MEMORY_ERROR
 from edgeq.sources import DEMOS
 from edgeq.target import Figure
 from edgeq.units import show_bytes
@@ -94,7 +95,13 @@ def estimate(document: Estimate) -> Table:
     """What a model would need and reach; estimates start with ~."""
     usable = show_bytes(document.usable_bytes)
     assumed = f" ({document.memory_reason})" if document.memory_reason else ""
-    verdict = {True: f"yes, of {usable} usable{assumed}", False: f"no, {usable} usable{assumed}", None: f"-{assumed}"}
+    close = document.usable_bytes is not None and document.total_bytes * MEMORY_ERROR > document.usable_bytes
+    marginal = f", marginal: up to {MEMORY_ERROR - 1:.0%} more may be needed" if close else ""
+    verdict = {
+        True: f"yes, of {usable} usable{marginal}{assumed}",
+        False: f"no, {usable} usable{assumed}",
+        None: f"-{assumed}",
+    }
     return _facts(
         ("model", f"{document.model} {document.recipe}"),
         ("target", f"{document.target}, {document.backend}"),

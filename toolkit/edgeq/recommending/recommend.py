@@ -154,7 +154,7 @@ def _relaxed(constraint: str, closest: Candidate, usable: int | None) -> str | N
     if constraint == "max-loss":
         return f"--max-loss {closest.loss.high + 0.0005:.3f}"
     if constraint == "max-memory":
-        return f"--max-memory {needs * constraints.MEMORY_ERROR / 1e9 + 0.05:.1f}GB"
+        return f"--max-memory {needs * memory.MEMORY_ERROR / 1e9 + 0.05:.1f}GB"
     if constraint == "memory" and usable is None:
         return "--max-memory 8GB"
     if constraint in ("memory", "context"):
@@ -171,7 +171,7 @@ def _context(closest: Candidate, usable: int | None) -> int:
     if usable is None or "memory" not in closest.excluded_by:
         return entry.context
     needed = memory.needed(entry.model, recipe.parse(closest.recipe), closest.backend, context=closest.context)
-    fitting = memory.largest_context(entry.model, needed, int(usable / constraints.MEMORY_ERROR))
+    fitting = memory.largest_context(entry.model, needed, int(usable / memory.MEMORY_ERROR))
     return min(entry.context, fitting - fitting % _STEP or fitting)
 
 
