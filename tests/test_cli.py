@@ -77,7 +77,7 @@ def test_a_recommendation_that_nothing_meets_is_printed_and_exits_with_3(capsys:
     assert "min-tps excluded most" in err
     code, printed, err = run(capsys, *words)
     assert code == 3
-    assert "nothing fits" in printed
+    assert "none meets all constraints" in printed
 
 
 def test_a_recommendation_is_a_table_with_a_plot_where_one_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:

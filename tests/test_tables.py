@@ -3,9 +3,10 @@ from __future__ import annotations
 from io import StringIO
 
 import msgspec
+import pytest
 from rich.console import Console, Group
 
-from edgeq import tables
+from edgeq import catalog, sheets, tables, target
 from edgeq.profiles import Speculation
 from edgeq.profiling import statistics
 from edgeq.recommending.document import Constraints, Recommendation
@@ -68,3 +69,39 @@ def test_what_was_not_measured_is_no_exact_answer() -> None:
     assert tables._answer(msgspec.structs.replace(whole, measured_depth=0)) == "~14 s"
     assert tables._answer(candidate(answer_s=14.0, answer_without_prompt=True)) == ">= ~14 s"
     assert tables._answer(candidate()) == "-"
+
+
+def test_what_a_model_reads_besides_text_is_shown() -> None:
+    (row,) = (
+        line
+        for line in tables.plain(tables.model(sheets.model("qwen3.5-4b", offline=True))).splitlines()
+        if line.startswith("input ")
+    )
+    assert row.split() == ["input", "text", "image", "video"]
+    listed = {line.split()[0]: line for line in tables.plain(tables.models(catalog.entries())).splitlines() if line}
+    assert "text image video" in listed["qwen3.5-0.8b"]
+    assert "image" not in listed["qwen3-4b"]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_cuts_no_name(width: int) -> None:
+    console = Console(width=width, record=True, file=StringIO())
+    devices = [target.load(name) for name in target.names()]
+    shown = Group(tables.targets(devices), tables.models(catalog.entries()))
+    console.print(tables.fitting(shown, console))
+    text = console.export_text()
+    assert max(len(line) for line in text.splitlines()) <= width
+    words = text.replace(";", " ").split()
+    for name in (*target.names(), *catalog.names(), *(entry.hub for entry in catalog.entries())):
+        assert name in words
+
+
+def test_a_row_that_is_a_paragraph_has_its_headers() -> None:
+    table = tables._table("", "model", "recipe", "speed")
+    table.add_row("*", "qwen3-4b-instruct-2507", "w4g32-e8-rtn-kv16", "-")
+    console = Console(width=40, record=True, file=StringIO())
+    console.print(tables.fitting(table, console))
+    lines = [line.rstrip() for line in console.export_text().splitlines()]
+    assert lines == ["* qwen3-4b-instruct-2507", "  recipe: w4g32-e8-rtn-kv16; speed: -"]
+    wide = Console(width=60)
+    assert tables.fitting(table, wide) is table

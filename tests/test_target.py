@@ -182,6 +182,16 @@ def test_a_missing_file_is_the_users_fault() -> None:
         target.load("nowhere/board.toml")
 
 
+def test_a_file_of_another_ending_is_told_to_be_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("board.txt", "jetson"):
+        Path(name).write_text("")
+    with pytest.raises(UsageFault, match=r"board\.txt is no target file") as caught:
+        target.load("board.txt")
+    assert caught.value.run == "rename it to board.toml"
+    assert target.load("jetson").api == "cuda"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "why"),
     [
@@ -222,8 +232,9 @@ def test_a_missing_file_is_the_users_fault() -> None:
 def test_a_wrong_file_is_refused_with_the_reason(
     changed: Callable[[str, str], str], old: str, new: str, why: str
 ) -> None:
-    with pytest.raises(CorruptInput, match=why):
+    with pytest.raises(CorruptInput, match=why) as caught:
         target.load(changed(old, new))
+    assert "reserved" in why or "edgeq targets validate" in caught.value.run
 
 
 def test_mlc_needs_every_limit_of_a_gpu(tmp_path: Path) -> None:

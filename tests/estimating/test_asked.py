@@ -87,6 +87,46 @@ def test_near_names_of_published_quantizations_are_suggested() -> None:
     assert "Did you mean q4_k_m" in caught.value.why
 
 
+def test_a_recipe_that_no_published_name_is_like_is_told_of_recipes_alone() -> None:
+    with pytest.raises(UsageFault) as caught:
+        asked.ask("qwen3-0.6b", target="jetson", recipe_name="w4g32-e8-rnt")
+    assert caught.value.why == "Did you mean rtn?"
+    assert caught.value.run == "edgeq models show qwen3-0.6b"
+
+
+@pytest.mark.parametrize(
+    ("recipe_name", "backend"),
+    [("Q4_K_M", "llamacpp"), ("q4_k-eq6_k-rtn", "llamacpp"), ("w4g32-e8-rtn", "onnx"), ("Q4_0", "onnx")],
+)
+def test_auto_is_the_first_backend_that_holds_the_recipe_as_in_a_build(recipe_name: str, backend: str) -> None:
+    assert asked.ask("qwen3-0.6b", target="pi5", recipe_name=recipe_name).backend == backend
+
+
+def test_what_recommend_calls_marginal_an_estimate_calls_so_too(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["estimate", "qwen3.5-9b", "--target", "m1", "--recipe"]
+    assert cli.main([*words, "w4g32-e4-rtn-kv16"]) == 0
+    assert "yes, of 5.76 GiB usable, marginal: up to 5% more may be needed" in capsys.readouterr().out
+    assert cli.main(["estimate", "qwen3.5-4b", "--target", "m1"]) == 0
+    assert "marginal" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"context": 65536}, "--context 32768"),
+        ({"context": 4096, "depth": 8192}, "--context 8192 --depth 8192"),
+        ({"context": 65536, "depth": 40000}, "--context 32768 --depth 32768"),
+    ],
+)
+def test_a_context_that_is_not_possible_has_a_remedy(options: dict[str, int], remedy: str) -> None:
+    with pytest.raises(UsageFault) as caught:
+        asked.ask("qwen3-4b", target="jetson", **options)  # type: ignore[arg-type]
+    assert caught.value.run == f"edgeq estimate ... {remedy}"
+    words = remedy.split()
+    possible = {word.removeprefix("--"): int(number) for word, number in zip(words[::2], words[1::2], strict=True)}
+    assert asked.ask("qwen3-4b", target="jetson", **possible).context == possible["context"]  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("backend", "recipe_name", "remedy"),
     [

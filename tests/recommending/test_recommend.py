@@ -253,6 +253,23 @@ def test_a_backend_that_the_target_does_not_have_is_not_planned_for(name: str) -
     assert caught.value.run.endswith("--backend llamacpp")
 
 
+def test_a_backend_that_is_none_is_told_from_recipes_that_do_not_suit() -> None:
+    with pytest.raises(UsageFault, match="has no backend llamacp") as caught:
+        recommend.for_build("jetson", backend="llamacp")
+    assert "Did you mean llamacpp" in caught.value.why
+    assert caught.value.run == "edgeq build ... --backend llamacpp"
+    assert recommend.for_build("jetson", backend="llama.cpp").backend == "llamacpp"
+
+
+def test_no_choice_is_called_cautious_where_there_is_none() -> None:
+    found = recommend.recommend("x86-avx2")
+    assert found.choice is None
+    assert not any("choice" in note for note in found.notes)
+    assert any("one measured model gives all" in note for note in found.notes)
+    eight = recommend.recommend("x86-avx2", wanted=Constraints(max_memory_bytes=8_000_000_000))
+    assert any("the choice is a cautious one" in note for note in eight.notes)
+
+
 def test_a_build_for_unknown_memory_names_words_that_build_has() -> None:
     with pytest.raises(NothingFits) as caught:
         recommend.for_build("x86-avx2", backend="onnx")

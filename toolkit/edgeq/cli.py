@@ -376,7 +376,7 @@ def _show(document: object, json: bool, table: Callable[[Any], Any]) -> None:
 
     console = Console(highlight=False, markup=False)
     if console.is_terminal:
-        console.print(table(document))
+        console.print(tables.fitting(table(document), console))
     else:
         typer.echo(tables.plain(table(document)))
 

@@ -7,10 +7,13 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.control import strip_control_codes
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
+from edgeq.estimating.memory import MEMORY_ERROR
 from edgeq.sources import DEMOS
 from edgeq.target import Figure
 from edgeq.units import show_bytes
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
     from edgeq.verifying import Verified
 
 PIPED_CELL = 60
+_UNLIMITED = 1000  # columns, wider than any table's longest words
 
 
 def built(document: Built) -> Table:
@@ -91,7 +95,13 @@ def estimate(document: Estimate) -> Table:
     """What a model would need and reach; estimates start with ~."""
     usable = show_bytes(document.usable_bytes)
     assumed = f" ({document.memory_reason})" if document.memory_reason else ""
-    verdict = {True: f"yes, of {usable} usable{assumed}", False: f"no, {usable} usable{assumed}", None: f"-{assumed}"}
+    close = document.usable_bytes is not None and document.total_bytes * MEMORY_ERROR > document.usable_bytes
+    marginal = f", marginal: up to {MEMORY_ERROR - 1:.0%} more may be needed" if close else ""
+    verdict = {
+        True: f"yes, of {usable} usable{marginal}{assumed}",
+        False: f"no, {usable} usable{assumed}",
+        None: f"-{assumed}",
+    }
     return _facts(
         ("model", f"{document.model} {document.recipe}"),
         ("target", f"{document.target}, {document.backend}"),
@@ -223,11 +233,12 @@ def detected(document: Detection) -> Table:
 
 def models(document: Iterable[Entry]) -> Group:
     """The catalogue, and the names of the bundled demos."""
-    table = _table("model", "hub id", "parameters", "context", "license", "thinking", "released")
+    table = _table("model", "hub id", "parameters", "context", "license", "thinking", "input", "released")
     for each in document:
         license_ = each.license if each.commercial else f"{each.license} (not for commercial use)"
         parameters = f"{each.parameters / 1e9:.2f} B"
-        table.add_row(each.name, each.hub, parameters, str(each.context), license_, each.thinking, str(each.released))
+        facts = (license_, each.thinking, " ".join(each.modality), str(each.released))
+        table.add_row(each.name, each.hub, parameters, str(each.context), *facts)
     return Group(table, "", f"bundled, for trying out: {', '.join(DEMOS)}")
 
 
@@ -248,6 +259,7 @@ def model(document: ModelSheet) -> Group:
             ("hub", document.hub),
             ("license", f"{document.license}{commercial}"),
             ("thinking", str(document.thinking)),
+            ("input", " ".join(document.modality)),
         ]
     if document.left_out:
         facts.append(("left out", ", ".join(document.left_out)))
@@ -290,7 +302,7 @@ def recommendation(document: Recommendation) -> Group:
     others = [f"{each.title}: {'; '.join(each.reasons)}" for each in shown if each is not choice]
     return Group(
         f"{document.target}, {document.context} tokens of context"
-        + (f": {choice.title}" if choice else ": nothing fits"),
+        + (f": {choice.title}" if choice else ": none meets all constraints"),
         *([f"  {reason}" for reason in choice.reasons] if choice else []),
         *(f"  {note}" for note in document.notes),
         "",
@@ -392,6 +404,28 @@ def plain(shown: RenderableType) -> str:
         )
         for line in lines
     )
+
+
+def fitting(shown: RenderableType, console: Console) -> RenderableType:
+    """The same for a terminal: where a table would cut words such as names, each row is a paragraph instead."""
+    if isinstance(shown, Group):
+        return Group(*(fitting(each, console) for each in shown.renderables))
+    unlimited = console.options.update(max_width=_UNLIMITED)
+    if not isinstance(shown, Table) or not shown.show_header:
+        return shown
+    if console.measure(shown, options=unlimited).minimum <= console.width:
+        return shown
+    headers = [str(column.header) for column in shown.columns]
+    rows = zip(*(column.cells for column in shown.columns), strict=True)
+    return Group(*(_paragraph(headers, [str(cell) for cell in row]) for row in rows))
+
+
+def _paragraph(headers: Sequence[str], cells: Sequence[str]) -> RenderableType:
+    """A row: its first cell, with what stands before under no header, and below it the others by their headers."""
+    named = next(index for index, header in enumerate(headers) if header) + 1
+    rest = zip(headers[named:], cells[named:], strict=True)
+    words = "; ".join(f"{header}: {cell}" for header, cell in rest if cell)
+    return Group(Text(" ".join(filter(None, cells[:named])), style="bold"), Padding(words, (0, 0, 0, 2)))
 
 
 def _table(*columns: str) -> Table:

@@ -281,13 +281,19 @@ def load(name: str) -> Target:
     aliases = {alias: found for found in map(_shipped, names()) for alias in found.aliases}
     if wanted in aliases:
         return aliases[wanted]
+    if Path(name).is_file():
+        own = Path(name).with_suffix(".toml")
+        raise UsageFault(f"{name} is no target file", why="Its name does not end in .toml.", run=f"rename it to {own}")
     raise UsageFault(
         f"{name!r} is not a target", why=data.near(name, (*names(), *aliases, HOST)), run="edgeq targets list"
     )
 
 
 def _own(path: Path) -> Target:
-    found = data.read_toml(path, Target)
+    try:
+        found = data.read_toml(path, Target)
+    except CorruptInput as fault:
+        raise CorruptInput(fault.what, why=fault.why, run=f"mend it, then edgeq targets validate {path}") from fault
     if HOST in (found.name, *found.aliases):
         raise CorruptInput(f"{path}: the name {HOST!r} is reserved", why="It means the machine that edgeq runs on.")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import msgspec
@@ -17,6 +18,7 @@ from edgeq.target import Target
 
 CONTEXT = 4096
 _PROFILE = "edgeq profile BUNDLE --save"
+_RECIPE = re.compile(r"w\d|mix|.+-e")  # no published quantization begins so
 BITS_PER_WEIGHT = (1, 64)
 """Of a file: what is outside is no size of this model, its vision tower counted."""
 
@@ -37,30 +39,31 @@ def ask(
 
     recipe_name: also the name of a published quantization such as Q4_K_M; auto: the target's best that the backend
     holds, for a file of `weights_bytes` what has its bits, for other runtimes a usual one. backend: also a runtime with
-    published figures; auto: the target's first. anchor: file of a profile, else the largest model that was measured on
-    the target is taken.
+    published figures; auto: the target's first that holds the recipe. anchor: file of a profile, else the
+    largest model that was measured on the target is taken.
     Raises UsageFault for unknown words, for a recipe that the backend cannot hold, for a runtime without figures of the
     target's API and for a size that cannot be the model's; UnsupportedModel for a model that the backend does not run;
     and what `sources.configured`, `profiles.read` and `estimate` raise.
     """
     device = detect.resolve(target)
     name, shape = sources.configured(model, offline=offline)
-    runtime = rates.canonical(device.backends[0] if backend == "auto" else backend)
+    runtime = _first(device, shape, recipe_name) if backend == "auto" else rates.canonical(backend)
     _check_runtime(device, runtime)
     if weights_bytes is not None:
         _check_size(shape, name, weights_bytes)
     tokens = min(CONTEXT, shape.context) if context is None else context
     if not 0 <= depth <= tokens <= shape.context:
+        least = min(max(tokens, depth), shape.context)
         raise UsageFault(
             f"--context {tokens} with --depth {depth} is not possible",
             why=f"{name} has {shape.context} tokens of context at most, and --depth is within --context.",
+            run=f"edgeq estimate ... --context {least}" + (f" --depth {min(depth, least)}" if depth else ""),
         )
     if recipe_name == "auto" and weights_bytes is None and runtime not in backends.NAMES:
         recipe_name = formats.usual(runtime)
     published_bytes = formats.weight_bytes(shape, recipe_name)
     if published_bytes:
-        wanted = recipe.parse(formats.recipe_like(recipe_name))
-        _check_blocks(wanted, recipe_name, runtime)
+        wanted = _published(recipe_name, runtime)
     elif recipe_name == "auto" and weights_bytes is not None:
         wanted = recipe.parse(formats.recipe_like(formats.name_of_size(shape, weights_bytes)))
     else:
@@ -117,10 +120,30 @@ def _check_size(shape: Model, name: str, weights_bytes: int) -> None:
         )
 
 
-def _check_blocks(wanted: Recipe, name: str, runtime: str) -> None:
-    """Raise UsageFault for a published quantization in GGML's blocks and a backend that does not know these."""
+def _first(target: Target, shape: Model, recipe_name: str) -> str:
+    """The target's first backend that holds a recipe or a published quantization, its very first where none does."""
+    return next((each for each in target.backends if _holds(shape, each, recipe_name)), target.backends[0])
+
+
+def _holds(shape: Model, runtime: str, name: str) -> bool:
+    if name == "auto":
+        return True
+    try:
+        if formats.known(name):
+            _published(name, runtime)
+        else:
+            _check_held(shape, _parse(name), runtime)
+    except (UsageFault, UnsupportedModel):
+        return False
+    return True
+
+
+def _published(name: str, runtime: str) -> Recipe:
+    """Recipe like a published quantization; raises UsageFault for GGML's blocks and a backend that has none."""
+    wanted = recipe.parse(formats.recipe_like(name))
     if wanted.body.is_ggml and runtime in ("onnx", "mlc"):
         raise UsageFault(f"{name}: {runtime} does not know GGML's layouts", run="edgeq estimate ... --backend llamacpp")
+    return wanted
 
 
 def _check_held(shape: Model, wanted: Recipe, runtime: str) -> None:
@@ -142,9 +165,11 @@ def _parse(name: str) -> Recipe:
     try:
         return recipe.parse(name)
     except UsageFault as fault:
-        known, nearest = ", ".join(formats.NAMES), data.suggested(name, formats.NAMES)
-        why = f"{fault.why} Published quantizations: {known}. {nearest}".rstrip()
-        raise UsageFault(fault.what, why=why, run=fault.run) from fault
+        why = fault.why
+        if not _RECIPE.match(name):
+            nearest = data.suggested(name, formats.NAMES)
+            why = f"{why} Published quantizations: {', '.join(formats.NAMES)}. {nearest}".rstrip()
+        raise UsageFault(fault.what, why=why, run=fault.run or "edgeq models show qwen3-0.6b") from fault
 
 
 def _recipe(shape: Model, target: Target, runtime: str, name: str) -> Recipe:

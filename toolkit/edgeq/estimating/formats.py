@@ -53,6 +53,11 @@ def recipe_like(name: str) -> str:
     return "f16-kv16" if bits == 16 else f"w{8 if bits > 8 else 4}g32-e{8 if bits > 8 else 4}-rtn-kv16"
 
 
+def known(name: str) -> bool:
+    """Whether a name is a published quantization's."""
+    return _canonical(name) in NAMES
+
+
 def _canonical(name: str) -> str:
     return name.lower().replace(" ", "-")
 

@@ -15,6 +15,8 @@ CHUNK = 512
 """Tokens of a prompt that an engine runs at once (llama.cpp's `ubatch`)."""
 USUAL_SHARE = 0.7
 """Of the memory, for a model: a laptop's, as targets/x86-laptop-ddr5.toml has it."""
+MEMORY_ERROR = 1.05
+"""Estimates of memory against real files are within 3 %; of what engines take besides, less is known."""
 _FLOAT = 4
 _GGML_CACHE_BITS = {8: 8.5}  # Q8_0: 34 bytes for 32 values
 _PROCESS_BYTES = 71_000_000  # a loaded session of ONNX Runtime with a model of 2 MB: profiles/x86-avx512-vnni

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from edgeq import data
 from edgeq.errors import UsageFault
+from edgeq.estimating import memory
 from edgeq.estimating.speed import Range
 from edgeq.recommending import ordering
 from edgeq.recommending.document import Candidate, Constraints
@@ -17,8 +18,6 @@ LICENSES = ("open", "any")
 CAPABILITIES = ("vision", "video", "thinking")
 EVIDENCE = ("measured", "estimated", "any")
 NEVER = math.inf
-MEMORY_ERROR = 1.05
-"""Estimates of memory against real files are within 3 %; of what engines take besides, less is known."""
 
 
 class Miss(NamedTuple):
@@ -43,7 +42,11 @@ def check(wanted: Constraints) -> None:
     }
     for option, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
-            raise UsageFault(f"{option} {value:g} is not possible", why="It must be above 0, and finite.")
+            raise UsageFault(
+                f"{option} {value:g} is not possible",
+                why="It must be above 0, and finite.",
+                run=f"edgeq recommend ... without {option}",
+            )
     if wanted.max_loss is not None and wanted.max_loss > 1:
         raise UsageFault(
             f"--max-loss {wanted.max_loss:g} is not possible",
@@ -96,10 +99,12 @@ def _memory(candidate: Candidate, wanted: Constraints, usable: int | None) -> It
         if needs is None:
             yield Miss(name, 1.0, "the memory that it needs was not measured")
             continue
-        most = needs if candidate.evidence == "measured" else needs * MEMORY_ERROR
+        most = needs if candidate.evidence == "measured" else needs * memory.MEMORY_ERROR
         if most > room:
             word, whose = "" if needs > room else "marginal: ", "usable" if name == "memory" else "allowed"
             size = f"{_about(candidate)}{show_bytes(needs)}"
+            if needs <= room:
+                size += f" and up to {memory.MEMORY_ERROR - 1:.0%} more"
             yield Miss(name, most / room, f"{word}needs {size}, {show_bytes(room)} are {whose}")
 
 
@@ -152,4 +157,8 @@ def _about(candidate: Candidate) -> str:
 
 def _known(option: str, word: str, words: tuple[str, ...]) -> None:
     if word not in words:
-        raise UsageFault(f"{option} {word!r} is not known", why=data.near(word, words))
+        raise UsageFault(
+            f"{option} {word!r} is not known",
+            why=data.near(word, words),
+            run=f"edgeq recommend ... {option} {' or '.join(words)}",
+        )

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 
 import msgspec
 
-from edgeq import detect, recipe
-from edgeq.errors import MissingTool, NothingFits
+from edgeq import backends, data, detect, recipe
+from edgeq.errors import MissingTool, NothingFits, UsageFault
 from edgeq.estimating import doubts, memory, rates
 from edgeq.recommending import candidates, constraints, front, ordering
 from edgeq.recommending.constraints import Miss
@@ -60,7 +60,7 @@ def recommend(
         closest=None if choice or not rejected else rejected[0],
         excluded=dict(Counter(miss.constraint for _, missed in judged for miss in missed).most_common()),
         rule=front.RULE,
-        notes=(*_notes(found, wanted, device), *_doubts(choice, found, device)),
+        notes=(*_notes(choice, found, wanted, device), *_doubts(choice, found, device)),
         candidates=(*sorted(eligible, key=_place), *rejected),
     )
 
@@ -75,9 +75,17 @@ def for_build(
 ) -> Candidate:
     """The choice among what can be built on this machine, of `max_size` bytes of weights at most.
 
-    Raises NothingFits when there is none, MissingTool when no backend of the target builds here.
+    Raises NothingFits when there is none, MissingTool when no backend of the target builds here, UsageFault for a
+    backend that the target does not have.
     """
-    states = detect.usable_backends(detect.resolve(target)) if backend == "auto" else ()
+    device = detect.resolve(target)
+    if backend != "auto" and backends.canonical(backend) not in device.backends:
+        raise UsageFault(
+            f"{device.name} has no backend {backend}",
+            why=data.near(backend, device.backends),
+            run=f"edgeq build ... --backend {device.backends[0]}",
+        )
+    states = detect.usable_backends(device) if backend == "auto" else ()
     if backend == "auto" and not any(state.builds for state in states):
         raise MissingTool(
             f"no backend of {target} can build here",
@@ -146,7 +154,7 @@ def _relaxed(constraint: str, closest: Candidate, usable: int | None) -> str | N
     if constraint == "max-loss":
         return f"--max-loss {closest.loss.high + 0.0005:.3f}"
     if constraint == "max-memory":
-        return f"--max-memory {needs * constraints.MEMORY_ERROR / 1e9 + 0.05:.1f}GB"
+        return f"--max-memory {needs * memory.MEMORY_ERROR / 1e9 + 0.05:.1f}GB"
     if constraint == "memory" and usable is None:
         return "--max-memory 8GB"
     if constraint in ("memory", "context"):
@@ -163,7 +171,7 @@ def _context(closest: Candidate, usable: int | None) -> int:
     if usable is None or "memory" not in closest.excluded_by:
         return entry.context
     needed = memory.needed(entry.model, recipe.parse(closest.recipe), closest.backend, context=closest.context)
-    fitting = memory.largest_context(entry.model, needed, int(usable / constraints.MEMORY_ERROR))
+    fitting = memory.largest_context(entry.model, needed, int(usable / memory.MEMORY_ERROR))
     return min(entry.context, fitting - fitting % _STEP or fitting)
 
 
@@ -208,16 +216,17 @@ def _doubts(choice: Candidate | None, found: list[Candidate], device: Target) ->
     return [f"speeds with {choice.backend}: {each}" for each in doubts.of_figures(device, choice.backend, source)]
 
 
-def _notes(found: list[Candidate], wanted: Constraints, device: Target) -> tuple[str, ...]:
+def _notes(choice: Candidate | None, found: list[Candidate], wanted: Constraints, device: Target) -> tuple[str, ...]:
     notes = [device.install_doubt] if device.install_doubt else []
     if assumed := memory.assumed_share(device):
         notes.append(assumed)
     if {"vision", "video"} & set(wanted.capability):
         notes.append("edgeq builds the text model alone: the vision tower is left out of memory and speed")
     if not any(each.decode_tokens_per_s and each.quality for each in found):
+        cautious = "no speed is known here, so the choice is a cautious one" if choice else "no speed is known here"
         notes.append(
-            "no speed is known here, so the choice is a cautious one; one measured model gives all of them: on the "
-            "device, edgeq build MODEL --target host (or the target's file), then edgeq profile BUNDLE --save"
+            f"{cautious}; one measured model gives all of them: on the device, edgeq build MODEL --target host "
+            "(or the target's file), then edgeq profile BUNDLE --save"
         )
     measured = [each for each in found if each.evidence == "measured"]
     if not any(each.quality for each in measured):
