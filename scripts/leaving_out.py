@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,8 @@ from edgeq.estimating import speed
 from edgeq.estimating.published import Row
 from edgeq.estimating.speed import Rate
 from fitting import Rates, place_of
+
+FIFTHS = 5
 
 
 @dataclass(frozen=True)
@@ -32,19 +34,40 @@ class Checked:
         return self.predicted.low <= self.row.decode_tokens_per_s <= self.predicted.high
 
 
+def left_out(rates: Rates, groups: Sequence[Hashable]) -> list[Checked]:
+    """All rows of one group at a time, predicted from the others; `groups` has one for each row."""
+    compute, found = rates.fit_compute(rates.fitted), list[Checked]()
+    for group in dict.fromkeys(groups):
+        fit = rates.fit(np.array([each != group for each in groups]) * rates.fitted)
+        for row in (row for row, each in zip(rates.rows, groups, strict=True) if each == group):
+            found.append(Checked(row, predict(rates, rates.rate(fit, compute, place_of(row)), row)))
+    return found
+
+
 def leave_one_out(rates: Rates) -> tuple[list[Checked], list[Checked]]:
     """All rows of one device, API and runtime at a time, predicted from the others; then with each one as anchor."""
-    alone, anchored = [], []
+    alone, anchored = left_out(rates, [place_of(row) for row in rates.rows]), []
     compute = rates.fit_compute(rates.fitted)
     for place in dict.fromkeys(map(place_of, rates.rows)):
         own = [row for row in rates.rows if place_of(row) == place]
         others = np.array([place_of(row) != place for row in rates.rows]) * rates.fitted
         rate = rates.rate(rates.fit(others), compute, place)
-        alone += [Checked(row, predict(rates, rate, row)) for row in own]
         for anchor in own:
             known = anchored_at(rates, rate, anchor)
             anchored += [Checked(row, predict(rates, known, row), anchor) for row in own if row is not anchor]
     return alone, anchored
+
+
+def others(rates: Rates) -> dict[str, list[Checked]]:
+    """What is predicted when more is left out, or a random fifth of the rows, five times over."""
+    rows = rates.rows
+    found = {
+        "device": left_out(rates, [row.host for row in rows]),
+        "runtime": left_out(rates, [row.runtime for row in rows]),
+        "API": left_out(rates, [row.api for row in rows]),
+    }
+    fifths = (np.random.default_rng(seed).permutation(len(rows)) % FIFTHS for seed in range(FIFTHS))
+    return found | {"a fifth": [each for groups in fifths for each in left_out(rates, groups.tolist())]}
 
 
 def predict(rates: Rates, rate: Rate, row: Row) -> speed.Range:
@@ -63,8 +86,8 @@ def quantile(values: Sequence[float], share: float) -> float:
     return float(np.quantile(values, share))
 
 
-def table(alone: Sequence[Checked], anchored: Sequence[Checked]) -> list[str]:
-    """Lines for people: every row predicted without its device and runtime, and both summaries."""
+def table(alone: Sequence[Checked], anchored: Sequence[Checked], more: Mapping[str, Sequence[Checked]]) -> list[str]:
+    """Lines for people: every row predicted without its device and runtime, and what all that was left out comes to."""
     lines = [f"{'error':>6} {'published':>9} {'estimate':>24}  row, worst first"]
     for each in sorted(alone, key=lambda checked: -checked.error):
         row, guess = each.row, each.predicted
@@ -72,11 +95,12 @@ def table(alone: Sequence[Checked], anchored: Sequence[Checked]) -> list[str]:
         words = f"{row.host} {row.api} {row.runtime} {row.model} {row.quantization} at {row.depth}, trust {row.trust}"
         mark = "" if each.covered else ", outside the interval"
         lines.append(f"{each.error:6.1%} {row.decode_tokens_per_s:9.1f} {interval:>24}  {words}{mark}")
-    for name, found in (("leave-one-out by device, API and runtime", alone), ("with one anchor", anchored)):
+    summaries = {"device, API and runtime": alone, "the same, with one anchor": anchored, **more}
+    for name, found in summaries.items():
         errors = [each.error for each in found]
         covered = sum(each.covered for each in found) / len(found)
         lines.append(
-            f"{name}: {len(found)} predictions, median error {quantile(errors, 0.5):.1%}, 90th percentile "
+            f"left out {name}: {len(found)} predictions, median error {quantile(errors, 0.5):.1%}, 90th percentile "
             f"{quantile(errors, 0.9):.1%}, interval covers {covered:.1%}"
         )
     return lines

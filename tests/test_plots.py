@@ -56,3 +56,11 @@ def test_nothing_to_draw_is_said_in_words() -> None:
     assert plots.front(document()).startswith("nothing to draw")
     unknown = msgspec.structs.replace(candidate(verdict="chosen"), decode_tokens_per_s=None)
     assert plots.front(document(unknown)).startswith("nothing to draw")
+
+
+def test_a_picture_is_as_narrow_as_the_terminal() -> None:
+    choice = candidate(score=80, tps=10, verdict="chosen", front=True)
+    quick = candidate("qwen3-0.6b", score=40, tps=100, verdict="eligible", front=True)
+    for columns, widest in ((200, 74), (60, 60), (5, 34)):
+        drawn = plots.front(document(choice, quick), columns).split(" tokens/s\n", 1)[0] + " tokens/s"
+        assert max(map(len, drawn.splitlines())) == widest

@@ -67,6 +67,16 @@ def test_figures_predicted_with_one_anchor(checked: tuple[list[Checked], list[Ch
     assert sum(each.covered for each in checked[1]) / len(errors) >= 0.85
 
 
+@pytest.mark.slow
+def test_a_fifth_that_is_left_out_is_predicted_once_for_each_of_five_ways_to_cut() -> None:
+    rates = calibrations.rates_of_rows()
+    found = leaving_out.others(rates)["a fifth"]
+    assert len(found) == leaving_out.FIFTHS * len(rates.rows)
+    own = leaving_out.left_out(rates, [place_of(row) for row in rates.rows])
+    alone = {id(each.row): each.error for each in own}
+    assert np.mean([each.error for each in found]) < np.mean(list(alone.values()))
+
+
 def test_a_held_back_row_does_not_reach_its_own_prediction() -> None:
     rates = calibrations.rates_of_rows()
     place = place_of(rates.rows[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -286,7 +287,7 @@ def recommend(
     found = advice.recommend(target, context=None if context is None else units.parse_tokens(context), wanted=wanted)
     _show(found, json, tables.recommendation)
     if plot and not json:
-        typer.echo(plots.front(found))
+        typer.echo(plots.front(found, shutil.get_terminal_size().columns))
     advice.require(found)
 
 

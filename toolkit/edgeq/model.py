@@ -6,6 +6,7 @@ Names of tensors are the text-only ones (`model.layers.0...`); `prefix` says how
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -81,7 +82,7 @@ class Model:
     @property
     def parameters(self) -> int:
         """Weights of the text model, a tied table counted once."""
-        return sum(math.prod(shape) for shape in self.tensors().values())
+        return _parameters(self)
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes that one token adds to the KV cache."""
@@ -89,14 +90,7 @@ class Model:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the text model, in the order of the forward pass."""
-        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
-        for index, kind in enumerate(self.layer_types):
-            for name, shape in self._layer(kind):
-                found[f"model.layers.{index}.{name}"] = shape
-        found["model.norm.weight"] = (self.hidden,)
-        if not self.tied:
-            found["lm_head.weight"] = (self.vocab, self.hidden)
-        return found
+        return dict(_tensors(self))
 
     def head_tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the multi-token-prediction head, beside its table; none without a head."""
@@ -173,6 +167,23 @@ class Model:
                 "partial_rotary_factor": self.rope["partial_rotary_factor"],
             }
         return config
+
+
+@functools.cache
+def _tensors(model: Model) -> dict[str, tuple[int, ...]]:
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab, model.hidden)}
+    for index, kind in enumerate(model.layer_types):
+        for name, shape in model._layer(kind):
+            found[f"model.layers.{index}.{name}"] = shape
+    found["model.norm.weight"] = (model.hidden,)
+    if not model.tied:
+        found["lm_head.weight"] = (model.vocab, model.hidden)
+    return found
+
+
+@functools.cache
+def _parameters(model: Model) -> int:
+    return sum(math.prod(shape) for shape in _tensors(model).values())
 
 
 def read_config(config: Mapping[str, Any]) -> Model:

@@ -9,12 +9,13 @@ if TYPE_CHECKING:
     from edgeq.recommending.document import Candidate, Recommendation
 
 _WIDTH, _HEIGHT = 64, 16
+_BESIDE, _NARROWEST = 10, 24
 _CHOSEN, _OTHER = "*", "."
 _LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def front(document: Recommendation) -> str:
-    """Quality over decoded tokens per second (logarithmic) of what meets all constraints.
+def front(document: Recommendation, columns: int = _BESIDE + _WIDTH) -> str:
+    """Quality over decoded tokens per second (logarithmic) of what meets all constraints, in a terminal's columns.
 
     The front has letters, the choice a star, all others a dot; nothing to draw is said in words.
     """
@@ -23,9 +24,10 @@ def front(document: Recommendation) -> str:
     ]
     if not points:
         return "nothing to draw: no candidate that meets all constraints has a known speed and quality"
-    across = _Axis([math.log(_speed(each)) for each in points], _WIDTH)
+    width = min(_WIDTH, max(_NARROWEST, columns - _BESIDE))
+    across = _Axis([math.log(_speed(each)) for each in points], width)
     up = _Axis([each.score or 0.0 for each in points], _HEIGHT)
-    grid = [[" "] * _WIDTH for _ in range(_HEIGHT)]
+    grid = [[" "] * width for _ in range(_HEIGHT)]
     legend: list[str] = []
     for each in sorted(points, key=lambda point: (point.verdict == "chosen", point.front)):
         mark = _OTHER
@@ -41,7 +43,13 @@ def front(document: Recommendation) -> str:
     rows = [f"{labels.get(index, ''):>8} |{''.join(row).rstrip()}" for index, row in enumerate(grid)]
     left, right = f"{math.exp(across.low):.1f}", f"{math.exp(across.high):.1f} tokens/s"
     return "\n".join(
-        [" quality", *rows, f"{'':8} +{'-' * _WIDTH}", f"{'':10}{left}{right:>{_WIDTH - len(left)}}", *reversed(legend)]
+        [
+            " quality",
+            *rows,
+            f"{'':8} +{'-' * width}",
+            f"{'':{_BESIDE}}{left}{right:>{width - len(left)}}",
+            *reversed(legend),
+        ]
     )
 
 
