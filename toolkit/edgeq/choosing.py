@@ -21,7 +21,7 @@ from edgeq.quantize.mix import Option
 from edgeq.recipe import Layout
 from edgeq.walk import sensitivity
 
-# Loss of a matrix against that of its rounding alone, on the demos; tuned was set before it was measured (0.19 to 0.24).
+# Loss of a matrix against that of its rounding alone, on the demos; tuned before it was measured (0.19 to 0.24).
 _FITTED = {"gptq": 0.4, "guided": 0.25, "tuned": 0.18}
 # Of a table, which guided recipes alone fit; assumed, with 0.15 demos mix the same.
 _FITTED_TABLE = {"guided": 0.3, "tuned": 0.3}

@@ -6,10 +6,10 @@ Names of tensors are the text-only ones (`model.layers.0...`); `prefix` says how
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from edgeq.errors import CorruptInput, UnsafeInput, UnsupportedModel
@@ -79,10 +79,10 @@ class Model:
         """Layers that keep keys and values of every token."""
         return self.layer_types.count("full_attention")
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Weights of the text model, a tied table counted once."""
-        return _parameters(self)
+        return sum(math.prod(shape) for shape in self._tensors.values())
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes that one token adds to the KV cache."""
@@ -90,7 +90,18 @@ class Model:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the text model, in the order of the forward pass."""
-        return dict(_tensors(self))
+        return dict(self._tensors)
+
+    @cached_property
+    def _tensors(self) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab, self.hidden)}
+        for index, kind in enumerate(self.layer_types):
+            for name, shape in self._layer(kind):
+                found[f"model.layers.{index}.{name}"] = shape
+        found["model.norm.weight"] = (self.hidden,)
+        if not self.tied:
+            found["lm_head.weight"] = (self.vocab, self.hidden)
+        return found
 
     def head_tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the multi-token-prediction head, beside its table; none without a head."""
@@ -167,23 +178,6 @@ class Model:
                 "partial_rotary_factor": self.rope["partial_rotary_factor"],
             }
         return config
-
-
-@functools.cache
-def _tensors(model: Model) -> dict[str, tuple[int, ...]]:
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (model.vocab, model.hidden)}
-    for index, kind in enumerate(model.layer_types):
-        for name, shape in model._layer(kind):
-            found[f"model.layers.{index}.{name}"] = shape
-    found["model.norm.weight"] = (model.hidden,)
-    if not model.tied:
-        found["lm_head.weight"] = (model.vocab, model.hidden)
-    return found
-
-
-@functools.cache
-def _parameters(model: Model) -> int:
-    return sum(math.prod(shape) for shape in _tensors(model).values())
 
 
 def read_config(config: Mapping[str, Any]) -> Model:
