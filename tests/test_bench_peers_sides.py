@@ -229,9 +229,7 @@ def test_calibration_text_holds_no_drill_of_the_held_out_text() -> None:
 def test_edgeq_and_its_peers_calibrate_with_the_same_windows(tmp_path: Path) -> None:
     made = Checkpoint.open(sources.find("demo-qwen3", offline=True).folder)
     copy = loss._plain(reorder.write(made, 1, tmp_path / "copy"))
-    found = calibration.read(
-        copy, str(texts.CALIBRATION), False, calibration.LENGTH, lambda *_: None, calibration.TUNED
-    )
+    found = calibration.read(copy, str(texts.CALIBRATION), False, calibration.LENGTH, lambda *_: None, tuned=True)
     assert len(found.windows) > calibration.WINDOWS
     np.testing.assert_array_equal(found.windows, texts.calibration_windows(made))
 
@@ -241,7 +239,7 @@ def test_sampled_windows_are_the_model_s_own_and_the_same_each_time(
 ) -> None:
     checkpoint = Checkpoint.open(tiny("3"))
     starts = np.arange(64, dtype=np.int32).reshape(2, 32)
-    monkeypatch.setattr(texts, "calibration_windows", lambda *_: starts)
+    monkeypatch.setattr(texts, "calibration_windows", lambda _, tuned: starts)
     monkeypatch.setattr(texts, "LENGTH", 6)
     found = texts.sampled(checkpoint, 3)
     assert found.shape == (3, 6)

@@ -8,6 +8,8 @@ import pytest
 
 from checkpoints import Build, quiet
 from edgeq import building, bundle, calibration, choosing, data, planning, recipe, size
+from edgeq.backends.base import Progress
+from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
 from edgeq.choosing import Sensitivities
 from edgeq.errors import NothingFits, UsageFault
@@ -130,3 +132,25 @@ def test_a_preview_settles_a_mix_and_leaves_other_plans_alone(tiny: Build, tmp_p
     assert not (tmp_path / "bundle").exists()
     other = plan(tiny("3"), recipe_name="w4g32-e8-rtn")
     assert choosing.preview(other, quiet) is other
+
+
+@pytest.mark.parametrize(("name", "count"), [("mix7.5-guided", 2), ("mix7.5-tuned", 5)])
+def test_a_preview_measures_over_the_windows_that_a_build_would(
+    tiny: Build, tmp_path: Path, name: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "WINDOWS", 2)
+    monkeypatch.setattr(calibration, "TUNED", 5)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    seen: list[int] = []
+    find = choosing.measure
+
+    def note(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Progress) -> Sensitivities:
+        seen.append(len(text.windows))
+        return find(work, checkpoint, text, progress)
+
+    monkeypatch.setattr(choosing, "measure", note)
+    work = plan(tiny("3"), recipe_name=name, calibration_text=str(tmp_path / "text.txt"), out=tmp_path / "bundle")
+    previewed = choosing.preview(work, quiet)
+    building.build(work, quiet)
+    assert seen == [count, count]
+    assert bundle.read(tmp_path / "bundle").layouts == {each: word.name for each, word in previewed.recipe.chosen}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -84,6 +85,17 @@ def test_tensors_are_those_of_the_transformers_class(generation: str, tied: bool
         del found["lm_head.weight"]
     assert model.tensors() == found
     assert config.rope_parameters["rope_theta"] == model.rope["rope_theta"]
+
+
+@pytest.mark.parametrize("generation", checkpoints.GENERATIONS)
+def test_kinds_stand_for_every_tensor(generation: str) -> None:
+    model = read_config(checkpoints.config_of(generation))
+    left = dict(model.tensors())
+    for name, shape, count in model.kinds:
+        same = [each for each in left if re.sub(r"layers\.\d+", "", each) == re.sub(r"layers\.\d+", "", name)]
+        assert (same[0], len(same)) == (name, count)
+        assert {left.pop(each) for each in same} == {shape}
+    assert not left
 
 
 def test_a_multimodal_config_describes_its_text_model() -> None:

@@ -19,9 +19,10 @@ HELD_OUT, SAMPLED, FOREIGN = "held-out", "sampled", "foreign"
 TEXTS = (HELD_OUT, SAMPLED, FOREIGN)
 
 
-def calibration_windows(checkpoint: Checkpoint, count: int = calibration.TUNED) -> NDArray[np.int32]:
-    """At most `count` windows, int32 [count, length], of the text that edgeq itself fits a demo checkpoint to."""
-    return calibration.read(checkpoint, calibration.BUNDLED, True, calibration.LENGTH, lambda *_: None, count).windows
+def calibration_windows(checkpoint: Checkpoint, *, tuned: bool = True) -> NDArray[np.int32]:
+    """The windows, int32 [count, length], that edgeq itself tunes a demo checkpoint's scales over, or fits it to."""
+    length = calibration.LENGTH
+    return calibration.read(checkpoint, calibration.BUNDLED, True, length, lambda *_: None, tuned=tuned).windows
 
 
 def windows(checkpoint: Checkpoint, text: str, count: int) -> NDArray[np.int32]:
@@ -40,7 +41,7 @@ def sampled(checkpoint: Checkpoint, count: int) -> NDArray[np.int32]:
     """Windows that the float32 model wrote itself, each after one token of the calibration text; the seed is fixed."""
     import torch
 
-    starts = calibration_windows(checkpoint, calibration.WINDOWS).reshape(-1)
+    starts = calibration_windows(checkpoint, tuned=False).reshape(-1)
     draws = np.random.default_rng(0).integers(0, starts.size, count)
     random = torch.Generator().manual_seed(0)
     model = transformer.instantiate(checkpoint, lambda _: True)

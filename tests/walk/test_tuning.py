@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from checkpoints import GENERATIONS, Build, quiet
-from edgeq import calibration, data, transformer
+from edgeq import data, transformer
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import CorruptInput, Interrupted
 from edgeq.quantize.kept import Solutions
@@ -138,15 +138,3 @@ def test_factors_that_are_damaged_are_not_gone_on_with(tiny: Build, tmp_path: Pa
     (tmp_path / "kept" / broken).write_bytes(b"{")
     with pytest.raises(CorruptInput, match="tuning kept"):
         walked(checkpoint, tmp_path / "kept")
-
-
-@pytest.mark.slow
-def test_tuning_lowers_the_loss_on_a_text_that_it_has_not_seen(tmp_path: Path) -> None:
-    checkpoint = Checkpoint.open(data.folder("demo") / "demo-qwen3")
-    text = calibration.read(checkpoint, "bundled", True, 256, quiet).windows
-    held = windows.quick(checkpoint, data.held_out(), 128)
-    losses = []
-    for name in ("w4g32-e8-guided", "w4g32-e8-tuned"):
-        (tmp_path / name).mkdir()
-        losses.append(run.quantize(checkpoint, parse(name), held, text, tmp_path / name, quiet).weights_only)
-    assert losses[1] < 0.95 * losses[0]

@@ -96,9 +96,8 @@ def build(work: Plan, progress: Progress) -> Built:
         checkpoint.scan(lambda done, total: step("scan", done, total))
         source, text, cache = origin.source(checkpoint), None, None
         if work.calibration is not None:
-            count = calibration.TUNED if work.recipe.tuned else calibration.WINDOWS
             longest, demo = checkpoint.model.context, source.kind == "demo"
-            text = calibration.read(checkpoint, work.calibration, demo, longest, step, count)
+            text = calibration.read(checkpoint, work.calibration, demo, longest, step, tuned=work.recipe.tuned)
             if engine.calibrates_cache(work.recipe):
                 cache = ranges.cache_ranges(checkpoint, fitted(text.windows), step)
         work, walked = _walk(work, checkpoint, held, source, text, folder.parent, stack, step)

@@ -38,16 +38,17 @@ class Calibration:
 
 
 def read(
-    checkpoint: Checkpoint, source: str, demo: bool, longest: int, progress: Progress, count: int = WINDOWS
+    checkpoint: Checkpoint, source: str, demo: bool, longest: int, progress: Progress, *, tuned: bool = False
 ) -> Calibration:
     """Windows from a source: `bundled`, `self`, a text file, or a folder of .txt and .md files.
 
-    At most `count` of `LENGTH` tokens, or of `longest` where that is less, spread over the text; where the checkpoint
-    has a chat template every other piece of a text is put into it, as a question and its answer. demo: the bundled text
-    is that of the demo checkpoints. Raises UsageFault when a text is absent, fills no window, or is the one that losses
-    are measured on; CorruptInput when it is not UTF-8; what the checkpoint's tokenizer and template raise.
+    At most `WINDOWS` of `LENGTH` tokens (`TUNED` for scales that are tuned), or of `longest` where that is less, spread
+    over the text; where the checkpoint has a chat template every other piece of a text is put into it, as a question
+    and its answer. demo: the bundled text is that of the demo checkpoints. Raises UsageFault when a text is absent,
+    fills no window, or is the one that losses are measured on; CorruptInput when it is not UTF-8; what the checkpoint's
+    tokenizer and template raise.
     """
-    length = min(LENGTH, longest)
+    count, length = TUNED if tuned else WINDOWS, min(LENGTH, longest)
     if source == SELF:
         found = written(checkpoint, count, length, progress)
         return Calibration(found, SELF, hashlib.sha256(found.tobytes()).hexdigest())

@@ -48,7 +48,8 @@ def preview(work: Plan, progress: Progress) -> Plan:
     origin = sources.find(work.model, offline=work.offline)
     checkpoint = Checkpoint.open(origin.folder)
     source = work.calibration or calibration.BUNDLED
-    text = calibration.read(checkpoint, source, origin.kind == "demo", checkpoint.model.context, progress)
+    longest, demo = checkpoint.model.context, origin.kind == "demo"
+    text = calibration.read(checkpoint, source, demo, longest, progress, tuned=work.recipe.tuned)
     return settle(work, measure(work, checkpoint, text, progress))[0]
 
 

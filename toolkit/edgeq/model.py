@@ -7,6 +7,7 @@ Names of tensors are the text-only ones (`model.layers.0...`); `prefix` says how
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ MODEL_CLASSES = {
 IGNORED_TENSORS = ("model.visual.", "visual.", "mtp.", "model.mtp.")
 _UNSAFE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code")
 _LARGEST = 1 << 20
+_LAYER = re.compile(r"(?<=^model\.layers\.)\d+")
 _MOST_LAYERS = 1 << 10
 _LARGEST_NUMBER = 1e30
 
@@ -102,6 +104,14 @@ class Model:
         if not self.tied:
             found["lm_head.weight"] = (self.vocab, self.hidden)
         return found
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[str, tuple[int, ...], int], ...]:
+        """Name of the first, shape and number of the tensors that layers call the same, which have one shape."""
+        found: dict[str, list[str]] = {}
+        for name in self._tensors:
+            found.setdefault(_LAYER.sub("", name), []).append(name)
+        return tuple((names[0], self._tensors[names[0]], len(names)) for names in found.values())
 
     def head_tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of every tensor of the multi-token-prediction head, beside its table; none without a head."""

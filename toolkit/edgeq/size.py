@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from edgeq.errors import UsageFault
 from edgeq.model import Model
@@ -40,6 +40,11 @@ def layout_of(model: Model, recipe: Recipe, name: str) -> Layout:
     return GGML["q4_1"] if layout.bits <= GGML["q4_1"].bits else plain(8, 32)
 
 
+def alike(model: Model, recipe: Recipe) -> Iterable[tuple[str, tuple[int, ...], int]]:
+    """Name of the first, shape and number of tensors that a recipe stores alike: each alone where it chose for each."""
+    return [(*each, 1) for each in model.tensors().items()] if recipe.chosen else model.kinds
+
+
 def mixes_heads(model: Model, name: str, layout: Layout) -> bool:
     """Whether blocks of a GGML layout would hold inputs of heads that GGML puts elsewhere than the checkpoint."""
     linear = model.linear
@@ -64,7 +69,7 @@ def divides(model: Model, recipe: Recipe) -> bool:
 
 
 def _undivided(model: Model, recipe: Recipe) -> Iterator[tuple[str, int, Layout]]:
-    for name, shape in model.tensors().items():
+    for name, shape, _ in alike(model, recipe):
         if is_quantized(name) and shape[1] % (layout := layout_of(model, recipe, name)).block:
             yield name, shape[1], layout
 
@@ -75,15 +80,15 @@ def weight_bytes(model: Model, recipe: Recipe, scale_bits: int = 32) -> int:
     Tensors that no recipe touches count four bytes a value.
     """
     total = 0
-    for name, shape in model.tensors().items():
+    for name, shape, count in alike(model, recipe):
         bits = layout_of(model, recipe, name).stored_bits(scale_bits) if is_quantized(name) else _FLOAT_BITS
-        total += int(math.prod(shape) * bits) // 8
+        total += int(math.prod(shape) * bits) // 8 * count
     return total
 
 
 def float_bytes(model: Model) -> int:
     """Predicted bytes of the tensors that no recipe touches."""
-    return sum(4 * math.prod(shape) for name, shape in model.tensors().items() if not is_quantized(name))
+    return sum(4 * math.prod(shape) * count for name, shape, count in model.kinds if not is_quantized(name))
 
 
 def bits_per_weight(model: Model, recipe: Recipe, scale_bits: int = 32) -> float:

@@ -79,12 +79,12 @@ def widened(model: Model, recipe: Recipe, target: Target, backend: str) -> Widen
     """
     held = read = 0
     if backend == "onnx" and target.onnx.provider != "cuda":
-        for name, shape in model.tensors().items():
+        for name, shape, count in size.alike(model, recipe):
             looked_up = name == size.TABLES[0]
             if not size.is_quantized(name) or (looked_up and not model.tied):
                 continue
             if (layout := size.layout_of(model, recipe, name)).is_float:
-                values, stored = math.prod(shape), layout.bits // 8
+                values, stored = math.prod(shape) * count, layout.bits // 8
                 copies = 1 if stored == _FLOAT else 2
                 read += values * (_FLOAT - stored)
                 held += values * (copies * _FLOAT - (0 if looked_up else stored))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +49,7 @@ class Factors:
         if not (folder / _EPOCH).is_file():
             return
         try:
-            self.epoch = int(json.loads((folder / _EPOCH).read_text()))
+            self.epoch = int((folder / _EPOCH).read_text())
             values: NDArray[np.float32] = np.load(_path(folder, self.epoch), mmap_mode="c")
             self._values = values.reshape(self._values.shape)
         except (ValueError, TypeError, EOFError, FileNotFoundError) as error:
@@ -70,9 +68,7 @@ class Factors:
         assert isinstance(self._values, np.memmap)
         self._values.flush()
         self.epoch += 1
-        partial = folder / f"{_EPOCH}.{os.getpid()}.partial"
-        partial.write_text(json.dumps(self.epoch))
-        partial.replace(folder / _EPOCH)
+        scratch.mark(folder / _EPOCH, self.epoch)
 
     def applied(self, solution: Quantized) -> Quantized:
         """A solution with its scales multiplied."""

@@ -31,6 +31,13 @@ def copied(path: Path, values: NDArray[np.float32]) -> NDArray[np.float32]:
     return copy
 
 
+def mark(path: Path, number: int) -> None:
+    """Write a number into a file in one step."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_text(str(number))
+    partial.replace(path)
+
+
 def _reserve(stream: IO[bytes], size: int) -> None:
     """Room for so many bytes more in a file: in the mapped one a full disk would end the process."""
     stream.flush()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +37,7 @@ class States:
         """Keep states that were copied into the folder and moved one layer on, in one step."""
         for name in _paths(folder, self.layer):
             getattr(self, name).flush()
-        partial = folder / f"{_LAYER}.{os.getpid()}.partial"
-        partial.write_text(json.dumps(self.layer))
-        partial.replace(folder / _LAYER)
+        scratch.mark(folder / _LAYER, self.layer)
 
     @classmethod
     def load(cls, folder: Path) -> States | None:
@@ -49,7 +45,7 @@ class States:
         if not (folder / _LAYER).is_file():
             return None
         try:
-            layer = int(json.loads((folder / _LAYER).read_text()))
+            layer = int((folder / _LAYER).read_text())
             return cls(layer, **{name: np.load(path, mmap_mode="c") for name, path in _paths(folder, layer).items()})
         except (ValueError, TypeError, EOFError, FileNotFoundError) as error:
             raise CorruptInput(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 from edgeq import size
 from edgeq.errors import UnsupportedModel, UsageFault
@@ -32,7 +31,8 @@ def check(model: Model, recipe: Recipe) -> None:
             why=f"A block holds {BLOCK} values.",
             run=f"edgeq build ... --recipe {dataclasses.replace(recipe, kv_bits=16)}",
         )
-    for name, (_, inputs) in _matrices(model):
+    for name, shape, _ in filter(lambda each: is_quantized(each[0]), size.alike(model, recipe)):
+        inputs = shape[1]
         layout = layout_of(model, recipe, name)
         if layout.is_float:
             continue
@@ -72,10 +72,6 @@ def _in_blocks(model: Model, recipe: Recipe) -> Recipe:
 
 def _method(recipe: Recipe, body: Layout) -> str:
     return "rtn" if body.is_ggml and recipe.method == "mse" else recipe.method
-
-
-def _matrices(model: Model) -> Iterator[tuple[str, tuple[int, ...]]]:
-    return ((name, shape) for name, shape in model.tensors().items() if is_quantized(name))
 
 
 def full_attention_interval(model: Model) -> int:
