@@ -10,7 +10,17 @@ import pytest
 import checkpoints
 from checkpoints import Build, quiet
 from edgeq import building, bundle, planning
-from edgeq.errors import CorruptInput, GateFailed, MissingTool, NothingFits, OutOfMemory, UnsafeInput, UsageFault
+from edgeq.errors import (
+    CorruptInput,
+    GateFailed,
+    MissingTool,
+    NothingFits,
+    OutOfMemory,
+    UnsafeInput,
+    UnsupportedModel,
+    UsageFault,
+)
+from edgeq.model import read_config
 
 
 def plan(model: Path | str, out: Path, **options: object) -> planning.Plan:
@@ -186,6 +196,23 @@ def test_a_target_with_no_usable_backend_names_each_reason(tiny: Build, monkeypa
     with pytest.raises(MissingTool, match="no backend") as caught:
         planning.plan(str(tiny("3")), target="x86-avx2")
     assert "pip install engine" in caught.value.why
+
+
+@pytest.mark.parametrize("recipe_name", ["auto", "w4g32-e8-rtn"])
+def test_a_model_that_the_first_backend_cannot_load_is_built_with_the_next(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recipe_name: str
+) -> None:
+    for engine in ("onnx", "llamacpp"):
+        monkeypatch.setattr(f"edgeq.backends.{engine}.tools", lambda _: ())
+    folder = checkpoints.write(tmp_path / "odd", "3.5")
+    config = checkpoints.config_of("3.5") | {"linear_value_head_dim": 64}
+    checkpoints.write_json(folder / "config.json", config)
+    checkpoints.write_weights(folder, checkpoints.random_tensors(read_config(config), 0, False), "BF16", 1)
+    work = planning.plan(str(folder), target="jetson", recipe_name=recipe_name, offline=True, context=256)
+    assert work.backend == "onnx"
+    assert any(note.startswith("backend onnx: the first of") for note in work.notes)
+    with pytest.raises(UnsupportedModel):
+        planning.plan(str(folder), target="jetson", recipe_name="w4g32-e8-rtn", backend="llamacpp", offline=True)
 
 
 @pytest.mark.usefixtures("any_engine")

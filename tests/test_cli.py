@@ -51,9 +51,10 @@ def test_a_command_without_its_target_says_so(capsys: pytest.CaptureFixture[str]
 
 
 def test_a_build_without_a_model_takes_what_is_recommended_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    code, printed, err = run(capsys, "build", "--target", "jetson", "--dry-run", "--offline", "--json")
+    code, printed, err = run(capsys, "build", "--target", "jetson", "-c", "8k", "--dry-run", "--offline", "--json")
     assert code == 0, err
     document = json.loads(printed.splitlines()[-1])
+    assert "edgeq recommend --target jetson --context 8192 says more" in err
     assert f"{document['model']} {document['recipe']} {document['backend']}: best balance" in err
     assert document["model"] in ("qwen3.5-4b", "qwen3-4b-instruct-2507")
     assert document["target"] == "jetson-orin-nano-super-8gb"

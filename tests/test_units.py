@@ -29,15 +29,18 @@ def test_tokens_are_read_as_people_write_them(text: str, count: int) -> None:
     ["", "MB", "5", "-1GB", "1e9GB", "1.GB", ".5GB", "1,5GB", "5 TB", "1.5b", "nan", "inf", "٣GB", "9" * 400 + "GB"],
 )
 def test_what_is_no_size_is_a_usage_fault_with_an_example(text: str) -> None:
-    with pytest.raises(UsageFault, match=r"is not a size such as 450MB") as caught:
+    with pytest.raises(UsageFault, match=r"is not a size") as caught:
         units.parse_bytes(text)
+    assert "450MB" in caught.value.run
     assert len(str(caught.value)) < 250
 
 
 @pytest.mark.parametrize("text", ["", "k", "0", "0k", "-1", "1.5", "4kb", "4 thousand", "٤", "9" * 400, "9" * 5000])
 def test_what_is_no_number_of_tokens_is_a_usage_fault_with_an_example(text: str) -> None:
-    with pytest.raises(UsageFault, match=r"is not a number of tokens such as 4096 or 4k"):
+    with pytest.raises(UsageFault, match=r"is not a number of tokens") as caught:
         units.parse_tokens(text)
+    assert "4096 or 4k" in caught.value.run
+    assert len(str(caught.value)) < 250
 
 
 @given(st.integers(0, 10**6), st.integers(0, 999))

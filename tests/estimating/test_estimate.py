@@ -89,7 +89,10 @@ def test_an_unknown_share_of_the_memory_is_assumed_and_named() -> None:
     found = estimate(shape, "qwen3-0.6b", recipe.parse("w4g32-e8-rtn"), device, "onnx", context=4096)
     assert found.fits is True
     assert found.usable_bytes == int((16 << 30) * 0.7)
-    assert found.memory_reason == "what share of its memory is free for a model is not known: 70% is assumed"
+    assert found.memory_reason == (
+        "what share of its memory is free for a model is not known: 70% is assumed, "
+        "memory.usable_share in a TOML file of one's own says otherwise"
+    )
     assert memory.assumed_share(target.load("jetson")) is None
     assert "70% is assumed" in tables.plain(tables.estimate(found))
 

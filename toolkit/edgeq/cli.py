@@ -418,7 +418,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     """Numbers in `128,512`."""
     words = text.split(",")
     if not all(word.strip().isdecimal() for word in words):
-        raise UsageFault(f"{text!r} is not a list of numbers such as 128,512")
+        raise UsageFault(f"{text!r} is not a list of numbers", run="write it like 128,512")
     return tuple(map(int, words))
 
 

@@ -72,14 +72,15 @@ def plan(
         choice = recommend.for_build(
             target, recipe_name=recipe_name, backend=backend, context=context, max_size=max_size
         )
-        advice = (f"{choice.title}: {choice.reasons[0]}; edgeq recommend --target {target} says more",)
+        asked = f"--target {target}" + (f" --context {context}" if context else "")
+        advice = (f"{choice.title}: {choice.reasons[0]}; edgeq recommend {asked} says more",)
         model, backend = choice.model, choice.backend
         if recipe_name == "auto" and max_size is None and max_loss is None:
             recipe_name = choice.recipe
     name, shape = sources.shape(model, offline=offline)
     chosen, notes = _backend(device, backend, shape, recipe_name)
     engine = backends.get(chosen)
-    wanted = _recipe(shape, device, engine, recipe_name, max_size, budget=max_size is not None or max_loss is not None)
+    wanted = _recipe(shape, device, chosen, recipe_name, max_size, budget=max_size is not None or max_loss is not None)
     return Plan(
         model=model,
         offline=offline,
@@ -112,9 +113,11 @@ def _backend(target: Target, name: str, shape: Model, recipe_name: str) -> tuple
                 why="; ".join(f"{state.name}: {state.reason}" for state in states),
                 run="edgeq doctor",
             )
-        fitting = [each for each in able if recipe_name == "auto" or _holds(backends.get(each), shape, recipe_name)]
+        wanted = [recipe.parse(each) for each in (target.recipes if recipe_name == "auto" else [recipe_name])]
+        fitting = [each for each in able if any(backends.holds(each, shape, one) for one in wanted)]
         name = (fitting or able)[0]
-        which = "is installed here" if name == able[0] else f"is installed here and knows {recipe_name}"
+        held = "holds the model" if recipe_name == "auto" else f"knows {recipe_name}"
+        which = "is installed here" if name == able[0] else f"is installed here and {held}"
         notes.append(f"backend {name}: the first of {target.name}'s that {which}")
         better = states[: [state.name for state in states].index(name)]
         notes += [
@@ -136,17 +139,18 @@ def _backend(target: Target, name: str, shape: Model, recipe_name: str) -> tuple
     return name, tuple(notes)
 
 
-def _recipe(shape: Model, target: Target, engine: Backend, name: str, max_size: int | None, *, budget: bool) -> Recipe:
-    """Recipe by name, or the target's best that the engine can hold.
+def _recipe(shape: Model, target: Target, backend: str, name: str, max_size: int | None, *, budget: bool) -> Recipe:
+    """Recipe by name, or the target's best that the backend can hold.
 
-    Within a budget that is a mixed one, where the engine can mix, else the best that fits `max_size` predicted bytes.
+    Within a budget that is a mixed one, where the backend can mix, else the best that fits `max_size` predicted bytes.
     """
+    engine = backends.get(backend)
     if name == "auto" and budget and engine.MIXED:
         return recipe.parse(MIX)
     if name != "auto" and (wanted := recipe.parse(name)).mixed:
         return _mixed(engine, wanted, budget=budget or wanted.mixed_bits is not None)
     if name == "auto":
-        candidates = [each for each in map(recipe.parse, target.recipes) if _holds(engine, shape, str(each))]
+        candidates = [each for each in map(recipe.parse, target.recipes) if backends.holds(backend, shape, each)]
         if not candidates:
             raise NothingFits(
                 f"none of {target.name}'s recipes ({', '.join(target.recipes)}) suits the model and its backend",
@@ -182,17 +186,6 @@ def _mixed(engine: Backend, wanted: Recipe, *, budget: bool) -> Recipe:
             run=f"edgeq build ... --recipe mix4.5-{wanted.method}, or --max-size 450MB, or --max-loss 0.02",
         )
     return wanted
-
-
-def _holds(engine: Backend, shape: Model, recipe_name: str) -> bool:
-    wanted = recipe.parse(recipe_name)
-    if not size.divides(shape, wanted):
-        return False
-    try:
-        engine.check(shape, wanted)
-    except UsageFault:
-        return False
-    return True
 
 
 def _max_loss(wanted: float) -> float:

@@ -13,15 +13,15 @@ _TOKENS = {"": 1, "k": 1 << 10, "m": 1 << 20}
 
 def parse_bytes(text: str) -> int:
     """Bytes in `450MB`, `1.5GB` (powers of 1000) or `2GiB` (powers of 1024); raises UsageFault otherwise."""
-    return _parse(text, _BYTES, "a size such as 450MB, 1.5GB or 2GiB")
+    return _parse(text, _BYTES, "a size", "450MB, 1.5GB or 2GiB")
 
 
 def parse_tokens(text: str) -> int:
     """Tokens in `4096` or `4k` (k = 1024), one at least; raises UsageFault otherwise."""
-    meaning = "a number of tokens such as 4096 or 4k"
-    tokens = _parse(text, _TOKENS, meaning)
+    meaning = "a number of tokens", "4096 or 4k"
+    tokens = _parse(text, _TOKENS, *meaning)
     if tokens < 1:
-        raise UsageFault(f"{text!r} is not {meaning}")
+        raise _not(text, *meaning)
     return tokens
 
 
@@ -32,7 +32,7 @@ def parse_share(text: str) -> float:
     try:
         value = float(number.removesuffix("%"))
     except ValueError:
-        raise UsageFault(f"{text[:100]!r} is not a share such as 0.05 or 5%") from None
+        raise _not(text, "a share", "0.05 or 5%") from None
     return value / 100 if percent else value
 
 
@@ -45,9 +45,13 @@ def show_bytes(count: int | None) -> str:
     return f"{count / (1 << 30):.2f} GiB" if count >= 1 << 30 else f"{count / (1 << 20):.1f} MiB"
 
 
-def _parse(text: str, units: dict[str, int], meaning: str) -> int:
+def _parse(text: str, units: dict[str, int], meaning: str, examples: str) -> int:
     match = _QUANTITY.fullmatch(text.strip())
     unit = units.get(match["unit"].lower()) if match else None
     if match is None or unit is None or (unit == 1 and match["fraction"]):
-        raise UsageFault(f"{text[:100]!r} is not {meaning}")
+        raise _not(text, meaning, examples)
     return round(float(match["number"]) * unit)
+
+
+def _not(text: str, meaning: str, examples: str) -> UsageFault:
+    return UsageFault(f"{text[:100]!r} is not {meaning}", run=f"write it like {examples}")

@@ -107,7 +107,10 @@ def assumed_share(target: Target) -> str | None:
     """Sentence about a usual share that stands for an unknown one; None where the target has its own or no size."""
     if target.memory.total_bytes is None or target.memory.usable_share:
         return None
-    return f"what share of its memory is free for a model is not known: {USUAL_SHARE:.0%} is assumed"
+    return (
+        f"what share of its memory is free for a model is not known: {USUAL_SHARE:.0%} is assumed, "
+        "memory.usable_share in a TOML file of one's own says otherwise"
+    )
 
 
 def scale_bits(recipe: Recipe, backend: str) -> int:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from edgeq import backends, profiles, recipe, size
+from edgeq import backends, profiles, recipe
 from edgeq.catalog import Entry
-from edgeq.errors import UnsupportedModel, UsageFault
 from edgeq.estimating import anchors
 from edgeq.estimating.estimate import PROMPT, Estimate, estimate
 from edgeq.estimating.speed import Range
@@ -41,21 +40,10 @@ def find(target: Target, context: int, *, recipes: Iterable[str] = (), engines: 
                 loss = losses[replace(each, kv_bits=32)]
                 if row := rows.get((entry.name, str(each), backend)):
                     found.append(_measured(entry, model, each, row, target, context, loss))
-                elif backend in own and _holds(model, each, backend):
+                elif backend in own and not each.mixed and backends.holds(backend, model, each):
                     found.append(_estimated(entry, model, each, target, backend, context, nearest.get(backend), loss))
     found += [_unknown(row, context) for key, row in rows.items() if key[0] not in ordering.of_catalogue().entries]
     return found
-
-
-def _holds(model: Model, wanted: Recipe, backend: str) -> bool:
-    """Whether a backend's format has room for a recipe, and its runtime loads the result."""
-    if wanted.mixed or not size.divides(model, wanted):
-        return False
-    try:
-        backends.get(backend).check(model, wanted)
-    except (UsageFault, UnsupportedModel):
-        return False
-    return True
 
 
 def _estimated(

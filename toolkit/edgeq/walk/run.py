@@ -24,7 +24,7 @@ from edgeq.quantize.solve import stored_exactly
 from edgeq.recipe import Recipe
 from edgeq.size import is_quantized
 from edgeq.walk import gradients, head, layers, tuning, windows
-from edgeq.walk.layered import Layered
+from edgeq.walk.layered import Layered, give_back
 from edgeq.walk.states import States
 from edgeq.walk.windows import Held
 
@@ -182,6 +182,7 @@ def _logits(model: Layered, states: NDArray[np.float32], rows: Rows) -> Iterator
     vocab = model.checkpoint.model.vocab
     at_once = max(1, LOGITS // (length * vocab))
     for start in range(0, count, at_once):
+        give_back()
         group = slice(start, min(start + at_once, count))
         found = head.logits(model, states[group].reshape(-1, states.shape[2]), rows)
         yield group, found.reshape(-1, length, vocab)
