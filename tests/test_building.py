@@ -204,6 +204,7 @@ def test_a_model_that_the_first_backend_cannot_load_is_built_with_the_next(
 ) -> None:
     for engine in ("onnx", "llamacpp"):
         monkeypatch.setattr(f"edgeq.backends.{engine}.tools", lambda _: ())
+    monkeypatch.setattr("edgeq.backends.mlc.tools", absent)
     folder = checkpoints.write(tmp_path / "odd", "3.5")
     config = checkpoints.config_of("3.5") | {"linear_value_head_dim": 64}
     checkpoints.write_json(folder / "config.json", config)

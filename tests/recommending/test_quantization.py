@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 
@@ -68,6 +69,32 @@ def test_the_law_agrees_with_losses_that_it_was_not_made_of() -> None:
     found = quantization.estimated(seven, recipe.parse("w4g32-e4-rtn"))
     gptq_7b = 1 - 64.1 / 66.9
     assert found.low < gptq_7b < found.high
+
+
+@pytest.mark.parametrize("method", ["gptq", "guided", "tuned"])
+def test_a_fitted_recipe_loses_less_of_its_layers_by_what_was_published_and_may_lose_as_much(method: str) -> None:
+    model = catalog.load("qwen3-4b").model
+    rounded, fitted = (quantization.estimated(model, recipe.parse(f"w4g32-e4-{each}")) for each in ("rtn", method))
+    assert quantization.fitted() * rounded.value < fitted.value < rounded.value
+    assert fitted.low < rounded.low
+    assert fitted.high == rounded.high
+    assert "as published GPTQ" in fitted.basis
+    assert "GPTQ" not in rounded.basis
+
+
+def test_published_gptq_is_of_shapes_in_the_catalogue_and_an_estimate_of_it_is_near() -> None:
+    for sizes in quantization.published().sizes:
+        for one, name in zip(sizes.models, ("qwen2.5-7b", "qwen2.5-1.5b", "qwen2.5-0.5b"), strict=True):
+            shapes = catalog.load(name).model.tensors()
+            layers = [shape for each, shape in shapes.items() if each.startswith("model.layers.") and len(shape) == 2]
+            assert (one.parameters, one.quantized) == (
+                catalog.load(name).model.parameters,
+                sum(math.prod(shape) for shape in layers),
+            )
+            if sizes.layout == "GPTQ int4":
+                found = quantization.estimated(catalog.load(name).model, recipe.parse("w4g128-e16-gptq"))
+                assert found.value == pytest.approx(one.lost, rel=0.3)
+                assert found.low < one.lost < found.high
 
 
 def test_a_table_in_8_bits_saves_most_where_the_table_is_most_of_the_model() -> None:

@@ -5,7 +5,8 @@ the power of the number of parameters by which losses grow as models shrink. Bet
 interpolated; below the last one it goes on to a published model of few bits, and past that with the same slope. A
 model's loss is the mean over its matrices by their weights, each by its own layout, so that a table in 8 bits counts.
 
-Methods better than plain rounding get no credit here: how much they save was not published for these models. What an
+Methods that fit layers to a text lose less than plain rounding in as many bits: by what published GPTQ loses against
+the ladder. Those that are better than GPTQ get no more credit, and the upper end of the interval has none. What an
 8-bit cache costs is not counted.
 """
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from statistics import fmean
+from statistics import fmean, geometric_mean
 from typing import NamedTuple
 
 import msgspec
@@ -26,6 +27,7 @@ from edgeq.recipe import Recipe
 from edgeq.size import is_quantized, layout_of
 
 _FILE = "losses.toml"
+_FITTED = "GPTQ int4"
 _SCALE_BITS = 16
 _MOST = 0.95
 _SIGMAS = 1.96
@@ -66,9 +68,10 @@ class Ladder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Sized(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Scores of one model, as floats and quantized."""
+    """Scores of one model, as floats and quantized; `quantized` of its parameters are, tables are not."""
 
     parameters: int
+    quantized: int
     float_score: float
     score: float
 
@@ -82,6 +85,7 @@ class Sizes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One layout on models of many sizes."""
 
     layout: str
+    bits_per_weight: float
     benchmark: str
     source: str
     models: tuple[Sized, ...]
@@ -136,6 +140,18 @@ def law() -> Law:
     return Law(tuple(sorted([*points, (few.bits_per_weight, lost)])), power, spread, ladder.parameters)
 
 
+@cache
+def fitted() -> float:
+    """What GPTQ loses of what plain rounding does in as many bits: the geometric mean over the published models."""
+    known = law()
+    (gptq,) = (each for each in published().sizes if each.layout == _FITTED)
+    rounded = [
+        one.quantized / one.parameters * _at(gptq.bits_per_weight) * (one.parameters / known.parameters) ** known.power
+        for one in gptq.models
+    ]
+    return geometric_mean(one.lost / lost for one, lost in zip(gptq.models, rounded, strict=True))
+
+
 def estimated(model: Model, recipe: Recipe) -> Loss:
     """Loss of a recipe on a model, from published losses of others."""
     weights = {name: math.prod(shape) for name, shape in model.tensors().items() if is_quantized(name)}
@@ -143,17 +159,22 @@ def estimated(model: Model, recipe: Recipe) -> Loss:
     bits = {name: layout_of(model, recipe, name) for name in weights}
     if all(layout.is_float for layout in bits.values()):
         return Loss(value=0.0, low=0.0, high=0.0, evidence="none", basis="weights are not quantized")
-    at_ladder = sum(
-        count * _at(bits[name].stored_bits(_SCALE_BITS)) for name, count in weights.items() if not bits[name].is_float
-    )
-    value = at_ladder / total * (total / known.parameters) ** known.power
-    ladder = published_names()
+    at_ladder = {
+        name: count * _at(bits[name].stored_bits(_SCALE_BITS))
+        for name, count in weights.items()
+        if not bits[name].is_float
+    }
+    layers = sum(lost for name, lost in at_ladder.items() if name.startswith("model.layers."))
+    scale = (total / known.parameters) ** known.power / total
+    rounded = sum(at_ladder.values()) * scale
+    value = rounded - (1 - fitted()) * layers * scale if recipe.calibrated else rounded
+    basis = f"{published_names()}, x (parameters / {known.parameters / 1e9:.1f} B)^{known.power:.2f}"
     return Loss(
         value=min(value, _MOST),
         low=min(value / known.spread, _MOST),
-        high=min(value * known.spread, _MOST),
+        high=min(rounded * known.spread, _MOST),
         evidence="published",
-        basis=f"{ladder}, x (parameters / {known.parameters / 1e9:.1f} B)^{known.power:.2f}",
+        basis=f"{basis}, layers x {fitted():.2f} as published GPTQ" if recipe.calibrated else basis,
     )
 
 
