@@ -81,6 +81,12 @@ def plan(
     chosen, notes = _backend(device, backend, shape, recipe_name)
     engine = backends.get(chosen)
     wanted = _recipe(shape, device, chosen, recipe_name, max_size, budget=max_size is not None or max_loss is not None)
+    if engine.calibrates_cache(wanted) and engine.provider(device) != "cpu":
+        raise UsageFault(
+            f"{wanted}: the {chosen} backend keeps an 8-bit cache on processors only",
+            why=f"It was not tried on {engine.provider(device)}, the provider of {device.name}.",
+            run=f"edgeq build ... --recipe {str(wanted).removesuffix('-kv8')}",
+        )
     return Plan(
         model=model,
         offline=offline,

@@ -85,9 +85,12 @@ def test_a_channel_that_is_always_zero_has_a_scale_that_divides() -> None:
     np.testing.assert_array_equal(keyvalues.scales(np.zeros((1, 2), np.float32)), [[[1, 1]]])
 
 
-def test_no_provider_but_the_processor_gets_an_8_bit_cache(built_for: Build) -> None:
-    with pytest.raises(UsageFault, match="on processors only"):
-        built_for("webgpu", "3", "w4g32-e8-rtn-kv8")
+def test_no_provider_but_the_processor_is_planned_an_8_bit_cache_for() -> None:
+    words = {"target": "steam-deck-oled", "recipe_name": "w4g32-e8-rtn-kv8", "backend": "onnx", "offline": True}
+    with pytest.raises(UsageFault, match="on processors only") as caught:
+        planning.plan("demo-qwen3", **words)  # type: ignore[arg-type]
+    assert "webgpu" in caught.value.why
+    assert caught.value.run.endswith("--recipe w4g32-e8-rtn")
 
 
 def test_a_float16_cache_is_refused_with_the_recipe_that_works(tiny: Build) -> None:

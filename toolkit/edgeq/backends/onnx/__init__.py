@@ -89,24 +89,15 @@ def tools(target: Target) -> tuple[str, ...]:  # noqa: ARG001
 def build(job: Job, out: Path) -> None:
     """Write model.onnx, its weights and genai_config.json into `out`.
 
-    Raises BackendFault for CUDA on a machine whose installed onnxruntime has no kernels for its GPU, UsageFault for an
-    8-bit cache on a GPU.
+    Raises BackendFault for CUDA on a machine whose installed onnxruntime has no kernels for its GPU.
     """
     from edgeq.backends.onnx import cuda, graph, keyvalues, weights
-
-    small = calibrates_cache(job.recipe)
-    if small and provider(job.target) != "cpu":
-        raise UsageFault(
-            f"{job.recipe}: the onnx backend keeps an 8-bit cache on processors only",
-            why=f"It was not tried on provider {provider(job.target)}.",
-            run=f"edgeq build ... --recipe {str(job.recipe).removesuffix('-kv8')}",
-        )
 
     if provider(job.target) == "cuda":
         with contextlib.suppress(MissingTool):  # a build host needs no GPU, but one without kernels is no device
             cuda.find()
     model = graph.skeleton(job, out)
-    if small:
+    if calibrates_cache(job.recipe):
         assert job.cache is not None
         keyvalues.store(model, job.cache)
     weights.write(model, job, out)
