@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from checkpoints import Build, quiet
-from edgeq import building, bundle, calibration, choosing, data, planning, recipe, size
+from edgeq import backends, building, bundle, calibration, choosing, data, planning, recipe, size
+from edgeq import target as targets
 from edgeq.backends.base import Progress
 from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
@@ -33,6 +34,37 @@ def sensitivities(work: Plan) -> Sensitivities:
         loss = 1e-2 if turn == 0 else 1e-4
         options[name] = [Option(COARSE, weights * 5 // 8, loss), Option(FINE, weights * 9 // 8, loss / 256)]
     return Sensitivities(options, units, 1000)
+
+
+def test_what_engines_round_activations_by_depends_on_the_device() -> None:
+    fine, large = recipe.layout("w4g32"), recipe.layout("q4_k")
+    groups = {
+        (name, target): [backends.get(name).activation_group(targets.load(target), each) for each in (fine, large)]
+        for name, target in (
+            ("llamacpp", "x86-avx2"),
+            ("llamacpp", "jetson"),
+            ("llamacpp", "m4"),
+            ("onnx", "steam-deck-oled"),
+        )
+    }
+    assert list(groups.values()) == [[32, 256], [32, 32], [0, 0], [0, 0]]
+    assert backends.get("onnx").activation_group(targets.load("x86-avx2"), recipe.layout("w4g128")) == 128
+
+
+def test_where_activations_are_rounded_coarsely_a_larger_layout_that_rounds_them_finely_is_chosen(tiny: Build) -> None:
+    work = plan(tiny("3"), max_size=10**6)
+    found = sensitivities(work)
+    first, *rest = found.options
+    options = {name: [Option(COARSE, 10, 1e-4, 5e-3), Option(FINE, 20, 1e-6, 1e-5)] for name in rest}
+    options[first] = [Option(COARSE, 10, 2e-3, 0.0), Option(FINE, 20, 1e-6, 0.0)]
+    room = 10 * len(options) + 10 * len(rest)
+    settled, weights_only = choosing.settle(
+        dataclasses.replace(work, max_size=room), dataclasses.replace(found, options=options, other_bytes=0)
+    )
+    chosen = dict(settled.recipe.chosen)
+    assert chosen[first] == COARSE
+    assert all(chosen[name] == FINE for name in rest)
+    assert weights_only == pytest.approx(2e-3 + 1e-6 * len(rest))
 
 
 def test_a_budget_makes_auto_a_mix_and_no_budget_does_not(tiny: Build) -> None:

@@ -26,7 +26,7 @@ def options(pairs: list[tuple[int, int]]) -> list[Option]:
 def best(units: dict[str, list[Option]], room: int) -> float:
     """Least loss within some bytes, by trying all."""
     sums = (
-        (sum(each.bytes for each in picked), sum(each.loss for each in picked))
+        (sum(each.bytes for each in picked), sum(each.cost for each in picked))
         for picked in itertools.product(*units.values())
     )
     return min((loss for size, loss in sums if size <= room), default=math.inf)
@@ -38,14 +38,14 @@ def test_a_choice_keeps_the_room_and_is_near_the_best(found: dict[str, list[tupl
     smallest = sum(min(each.bytes for each in given) for given in units.values())
     choice = mix.choose(units, room, 0.0)
     assert choice.bytes == sum(each.bytes for each in choice.options.values())
-    assert choice.loss == pytest.approx(sum(each.loss for each in choice.options.values()))
+    assert choice.cost == pytest.approx(sum(each.loss for each in choice.options.values()))
     if smallest > room:
         assert choice.bytes == smallest
         return
     assert choice.bytes <= room
     largest_step = max(each.bytes for given in units.values() for each in given)
-    assert choice.loss >= best(units, room)
-    assert choice.loss <= best(units, room - largest_step) + 1e-9
+    assert choice.cost >= best(units, room)
+    assert choice.cost <= best(units, room - largest_step) + 1e-9
 
 
 @given(UNITS, st.integers(0, 100))
@@ -54,8 +54,8 @@ def test_a_loss_that_can_be_kept_is_kept_in_no_more_bytes_than_it_needs(
 ) -> None:
     units = {name: options(pairs) for name, pairs in found.items()}
     choice = mix.choose(units, math.inf, limit)
-    least = sum(min(each.loss for each in given) for given in units.values())
-    assert choice.loss <= max(limit, least)
+    least = sum(min(each.cost for each in given) for given in units.values())
+    assert choice.cost <= max(limit, least)
 
 
 def test_bytes_go_where_they_save_most() -> None:
@@ -66,7 +66,7 @@ def test_bytes_go_where_they_save_most() -> None:
     }
     chosen = mix.choose(units, 30, 0.0)
     assert {name: option.layout for name, option in chosen.options.items()} == {"sensitive": large, "dull": small}
-    assert (chosen.bytes, chosen.loss) == (30, 3.0)
+    assert (chosen.bytes, chosen.cost) == (30, 3.0)
 
 
 def test_an_option_that_is_larger_and_no_better_is_never_taken() -> None:

@@ -18,10 +18,12 @@ FINE, COARSE = plain(8, 32), plain(4, 32)
 TEXT = data.held_out()[:6000]
 
 
-def measure(checkpoint: Checkpoint, layouts: list[Layout], scratch: Path) -> dict[str, list[Any]]:
+def measure(
+    checkpoint: Checkpoint, layouts: list[Layout], scratch: Path, groups: dict[Layout, int] | None = None
+) -> dict[str, list[Any]]:
     tokens = windows.windows(checkpoint.folder, TEXT, 6, 64, checkpoint.model.vocab)
     every = dict.fromkeys(sensitivity.units(checkpoint.model), layouts)
-    return sensitivity.measure(checkpoint, every, 16, tokens, scratch, quiet)
+    return sensitivity.measure(checkpoint, every, groups or dict.fromkeys(layouts, 0), 16, tokens, scratch, quiet)
 
 
 @pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
@@ -81,3 +83,45 @@ def test_more_bits_cost_less_and_take_more_bytes(tiny: Build, tmp_path: Path) ->
 def test_the_file_of_states_is_removed(tiny: Build, tmp_path: Path) -> None:
     measure(Checkpoint.open(tiny("3")), [FINE], tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_predicted_losses_of_rounded_activations_are_those_of_models_that_round_what_matrices_read(
+    tiny: Build, tmp_path: Path, tied: bool
+) -> None:
+    import torch
+
+    checkpoint = Checkpoint.open(tiny("3", tied=tied))
+    found = measure(checkpoint, [COARSE, FINE], tmp_path, {COARSE: 32, FINE: 64})
+    tokens = torch.from_numpy(windows.windows(checkpoint.folder, TEXT, 6, 64, checkpoint.model.vocab).astype(np.int64))
+    model = transformer.instantiate(checkpoint, lambda _: True)
+
+    def rounded(inputs: tuple[Any], group: int) -> tuple[Any]:
+        parts = inputs[0].unflatten(-1, (-1, group))
+        steps = parts.abs().amax(-1, keepdim=True) / 127
+        return ((parts / steps).round().mul(steps).flatten(-2),)
+
+    def log_probs() -> Any:
+        with torch.no_grad():
+            return torch.log_softmax(model(input_ids=tokens).logits.double(), -1)
+
+    exact = log_probs()
+    for place, group in enumerate((32, 64)):
+        predicted, measured = [], []
+        for first, names in sensitivity.units(checkpoint.model).items():
+            modules = [model.get_submodule(name.removesuffix(".weight")) for name in names]
+            if first == "model.embed_tokens.weight":
+                modules = [model.lm_head] if tied else []
+            hooks = [each.register_forward_pre_hook(lambda _, inputs, g=group: rounded(inputs, g)) for each in modules]
+            measured.append(float((exact.exp() * (exact - log_probs())).sum(-1).mean()))
+            predicted.append(found[first][place].activations)
+            for hook in hooks:
+                hook.remove()
+        assert 0.4 < sum(predicted) / sum(measured) < 2.5
+        assert [each == 0 for each in predicted] == [each == 0 for each in measured]
+        assert predicted[-1] == pytest.approx(measured[-1], rel=0.2)
+
+
+def test_activations_that_are_floats_cost_nothing(tiny: Build, tmp_path: Path) -> None:
+    for options in measure(Checkpoint.open(tiny("3")), [FINE], tmp_path).values():
+        assert [option.activations for option in options] == [0.0]

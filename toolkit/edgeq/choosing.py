@@ -67,9 +67,15 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
     windows = text.windows[:: max(1, len(text.windows) // sensitivity.WINDOWS)][: sensitivity.WINDOWS]
     with tempfile.TemporaryDirectory(dir=work.out.parent if work.out.parent.is_dir() else None) as folder:
         found = sensitivity.measure(
-            checkpoint, layouts, engine.scale_bits(work.recipe), windows, Path(folder), progress
+            checkpoint,
+            layouts,
+            {each: engine.activation_group(work.target, each) for each in words},
+            engine.scale_bits(work.recipe),
+            windows,
+            Path(folder),
+            progress,
         )
-    if not all(math.isfinite(option.loss) for options in found.values() for option in options):
+    if not all(math.isfinite(option.cost) for options in found.values() for option in options):
         raise CorruptInput("the checkpoint's own float32 logits are not finite", run="download the checkpoint again")
     for first, options in found.items():
         fitted = (_FITTED_TABLE if first in size.TABLES else _FITTED).get(work.recipe.method)
@@ -103,7 +109,7 @@ def _other_bytes(work: Plan, checkpoint: Checkpoint) -> int:
 
 
 def settle(work: Plan, found: Sensitivities, scale: float = 1.0) -> tuple[Plan, float]:
-    """The plan with the best layouts for its budget, and their predicted loss, in nats per token.
+    """The plan with the best layouts for its budget, and the predicted loss of its weights alone, in nats per token.
 
     scale: by how much more an earlier choice lost than was predicted. Raises NothingFits when no choice keeps the
     budget.
@@ -122,12 +128,12 @@ def settle(work: Plan, found: Sensitivities, scale: float = 1.0) -> tuple[Plan, 
             why=f"The smallest has {choice.bytes / 1e6:.1f} MB, and {found.other_bytes / 1e6:.1f} MB come on top.",
             run=f"edgeq build ... --recipe {MIX} --max-size {(choice.bytes + found.other_bytes) / 1e6 + 1:.0f}MB",
         )
-    if work.loss_is_budget and choice.loss > work.max_loss:
+    if work.loss_is_budget and choice.cost > work.max_loss:
         raise NothingFits(
             f"no mix is predicted to lose at most {work.max_loss:g} nats per token"
             + (f" in {work.max_size / 1e6:.1f} MB" if work.max_size else ""),
-            why=f"The best loses about {choice.loss:.2g}.",
-            run=f"edgeq build ... --max-loss {choice.loss * 1.1:.2g}, or a larger --max-size",
+            why=f"The best loses about {choice.cost:.2g}.",
+            run=f"edgeq build ... --max-loss {choice.cost * 1.1:.2g}, or a larger --max-size",
         )
     chosen = tuple((name, choice.options[first].layout) for first, names in found.units.items() for name in names)
     settled = dataclasses.replace(work.recipe, chosen=chosen)
@@ -138,4 +144,4 @@ def settle(work: Plan, found: Sensitivities, scale: float = 1.0) -> tuple[Plan, 
         bytes=size.weight_bytes(work.shape, settled, scale_bits),
         bits_per_weight=size.bits_per_weight(work.shape, settled, scale_bits),
     )
-    return plan, choice.loss
+    return plan, sum(option.loss for option in choice.options.values())

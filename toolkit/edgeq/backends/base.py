@@ -16,7 +16,7 @@ from edgeq.model import Model
 from edgeq.profiles import Placement
 from edgeq.quantize.kept import Solutions
 from edgeq.quantize.solution import BlockSolution, Solution
-from edgeq.recipe import Recipe
+from edgeq.recipe import Layout, Recipe
 from edgeq.target import Target
 
 Progress = Callable[[str, int, int], None]
@@ -125,6 +125,10 @@ class Backend(Protocol):
 
     def scale_bits(self, recipe: Recipe) -> int:
         """Bits that it stores for the scale of a plain group."""
+        ...
+
+    def activation_group(self, target: Target, layout: Layout) -> int:
+        """Inputs that share a scale where matrices of a layout read them rounded to 8 bits; 0 where they are floats."""
         ...
 
     def calibrates_cache(self, recipe: Recipe) -> bool:

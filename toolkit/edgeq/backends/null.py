@@ -18,7 +18,7 @@ from edgeq.bundle import Bundle
 from edgeq.errors import BackendFault
 from edgeq.model import Model
 from edgeq.profiles import Placement
-from edgeq.recipe import Recipe
+from edgeq.recipe import Layout, Recipe
 from edgeq.target import Target
 
 ENGINE: tuple[str, ...] = ()
@@ -76,6 +76,11 @@ def provider(target: Target) -> str:  # noqa: ARG001
 def scale_bits(recipe: Recipe) -> int:  # noqa: ARG001
     """As float32; it stores none."""
     return 32
+
+
+def activation_group(target: Target, layout: Layout) -> int:  # noqa: ARG001
+    """Matrices read floats."""
+    return 0
 
 
 def calibrates_cache(recipe: Recipe) -> bool:  # noqa: ARG001

@@ -3,6 +3,8 @@
 A block's bytes (ggml's `ggml-common.h`), d and m being float16:
 
     q4_1      d m      16 bytes of codes                                w = d * code + m
+    q5_0      d        4 bytes of fifth bits, 16 of codes               w = d * (code - 16)
+    q5_1      d m      the same                                         w = d * code + m
     iq4_nl    d        16 bytes of codes                                w = d * levels[code]
     iq4_xs    d        6 bytes of scales, 128 of codes                  w = d * (scale - 32) * levels[code]
     q2_k               16 bytes of scales, 64 of codes, d m             w = d * scale * code - m * minimum
@@ -30,6 +32,7 @@ _UNEVEN = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53,
 _LEVELS = {
     "iq4_nl": _UNEVEN,
     "iq4_xs": _UNEVEN,
+    "q5_0": np.arange(-16, 16, dtype=np.float32),
     "q3_k": np.arange(-4, 4, dtype=np.float32),
     "q6_k": np.arange(-32, 32, dtype=np.float32),
 }
@@ -109,17 +112,44 @@ class _Parts(NamedTuple):
 
 
 def _read_q4_1(blocks: Bytes) -> _Parts:
-    ones = np.ones((*blocks.shape[:2], 1), np.uint8)
-    return _Parts(_halves(blocks[:, :, 4:], 16), ones, ones, _float16(blocks[:, :, :2]), -_float16(blocks[:, :, 2:4]))
+    return _one_step(_halves(blocks[:, :, 4:], 16), blocks[:, :, :2], blocks[:, :, 2:4])
 
 
 def _write_q4_1(parts: _Parts) -> list[Bytes]:
     return [_bytes(parts.d), _bytes(-parts.m), _joined(parts.codes, 16)]
 
 
+def _read_q5_0(blocks: Bytes) -> _Parts:
+    return _one_step(_halves(blocks[:, :, 6:], 16) | _fifth(blocks[:, :, 2:6]), blocks[:, :, :2])
+
+
+def _write_q5_0(parts: _Parts) -> list[Bytes]:
+    return [_bytes(parts.d), _spread(parts.codes >> 4, 8, 1), _joined(parts.codes & 15, 16)]
+
+
+def _read_q5_1(blocks: Bytes) -> _Parts:
+    return _one_step(_halves(blocks[:, :, 8:], 16) | _fifth(blocks[:, :, 4:8]), blocks[:, :, :2], blocks[:, :, 2:4])
+
+
+def _write_q5_1(parts: _Parts) -> list[Bytes]:
+    return [_bytes(parts.d), _bytes(-parts.m), _spread(parts.codes >> 4, 8, 1), _joined(parts.codes & 15, 16)]
+
+
+def _fifth(packed: Bytes) -> Bytes:
+    """Fifth bits of codes, the first code's lowest."""
+    return _rows(packed[:, :, :, None] >> np.arange(8, dtype=np.uint8) & 1) << np.uint8(4)
+
+
+def _one_step(codes: Bytes, d: Bytes, m: Bytes | None = None) -> _Parts:
+    """Parts of blocks that have one step, and one minimum or none."""
+    ones, step = np.ones((*codes.shape[:2], 1), np.uint8), _float16(d)
+    if m is None:
+        return _Parts(codes, ones, 0 * ones, step, np.zeros_like(step))
+    return _Parts(codes, ones, ones, step, -_float16(m))
+
+
 def _read_iq4_nl(blocks: Bytes) -> _Parts:
-    ones, d = np.ones((*blocks.shape[:2], 1), np.uint8), _float16(blocks[:, :, :2])
-    return _Parts(_halves(blocks[:, :, 2:], 16), ones, 0 * ones, d, np.zeros_like(d))
+    return _one_step(_halves(blocks[:, :, 2:], 16), blocks[:, :, :2])
 
 
 def _write_iq4_nl(parts: _Parts) -> list[Bytes]:
@@ -263,6 +293,8 @@ _READ = {
     "q3_k": _read_q3_k,
     "iq4_xs": _read_iq4_xs,
     "q4_1": _read_q4_1,
+    "q5_0": _read_q5_0,
+    "q5_1": _read_q5_1,
     "iq4_nl": _read_iq4_nl,
     "q4_k": _read_q4_k,
     "q5_k": _read_q5_k,
@@ -273,6 +305,8 @@ _WRITE = {
     "q3_k": _write_q3_k,
     "iq4_xs": _write_iq4_xs,
     "q4_1": _write_q4_1,
+    "q5_0": _write_q5_0,
+    "q5_1": _write_q5_1,
     "iq4_nl": _write_iq4_nl,
     "q4_k": _write_q4_k,
     "q5_k": _write_q5_k,

@@ -67,7 +67,8 @@ def compensated(weights: NDArray[np.float32], missed: Any, curved: Curvature) ->
 
 
 def quantize(weights: NDArray[np.float32], curved: Curvature, layout: Layout, name: str) -> Solution | BlockSolution:
-    """Solution of rows [outputs, inputs] of a matrix; rows are independent, so any cut of a matrix gives the same.
+    """Solution of rows [outputs, inputs] of a matrix; rows are independent, so any cut of a matrix gives the same,
+    but for ties of ggml's search for scales, which the last bit of a sum decides.
 
     A row whose weights are not finite gets scales that are not.
     """

@@ -12,26 +12,35 @@ from edgeq.recipe import Layout
 
 @dataclass(frozen=True)
 class Option:
-    """One layout of some matrices: their bytes, and the KL divergence (nats per token) that it is predicted to cost."""
+    """One layout of some matrices: their bytes, and the KL divergences (nats per token) that it is predicted to cost.
+
+    loss: of their rounding; activations: of the engine's rounding of what they read.
+    """
 
     layout: Layout
     bytes: int
     loss: float
+    activations: float = 0.0
+
+    @property
+    def cost(self) -> float:
+        """Both divergences."""
+        return self.loss + self.activations
 
 
 class Choice(NamedTuple):
-    """Option of each unit, their bytes and predicted losses in all."""
+    """Option of each unit, their bytes and predicted costs in all."""
 
     options: dict[str, Option]
     bytes: int
-    loss: float
+    cost: float
 
 
 def choose(units: Mapping[str, Sequence[Option]], max_bytes: float, max_loss: float) -> Choice:
     """Options, one for each unit, by the greedy rule for the multiple-choice knapsack.
 
-    From each unit's smallest option, steps along the lower convex hulls of loss over bytes, the steepest first
-    (Kellerer, Pferschy, Pisinger 2004, Knapsack Problems, 11.2), until the loss is at most `max_loss`, or no further
+    From each unit's smallest option, steps along the lower convex hulls of cost over bytes, the steepest first
+    (Kellerer, Pferschy, Pisinger 2004, Knapsack Problems, 11.2), until the cost is at most `max_loss`, or no further
     step fits `max_bytes`. Greedy is exact but for the last step. The result is larger than `max_bytes` when the
     smallest options are, and may lose more than `max_loss`: the caller looks.
     """
@@ -42,25 +51,25 @@ def choose(units: Mapping[str, Sequence[Option]], max_bytes: float, max_loss: fl
         for name, hull in hulls.items()
         for index, (before, after) in enumerate(itertools.pairwise(hull))
     )
-    total, loss = sum(each.bytes for each in chosen.values()), sum(each.loss for each in chosen.values())
+    total, cost = sum(each.bytes for each in chosen.values()), sum(each.cost for each in chosen.values())
     closed = set[str]()
     for _, name, index in steps:
         before, after = hulls[name][index], hulls[name][index + 1]
-        if loss <= max_loss:
+        if cost <= max_loss:
             break
         if name in closed or total + after.bytes - before.bytes > max_bytes:
             closed.add(name)
             continue
         chosen[name] = after
-        total, loss = total + after.bytes - before.bytes, loss + after.loss - before.loss
-    return Choice(chosen, total, loss)
+        total, cost = total + after.bytes - before.bytes, cost + after.cost - before.cost
+    return Choice(chosen, total, cost)
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:
-    """Options on the lower convex hull of loss over bytes, smallest first."""
+    """Options on the lower convex hull of cost over bytes, smallest first."""
     hull: list[Option] = []
-    for option in sorted(options, key=lambda each: (each.bytes, each.loss)):
-        if hull and option.loss >= hull[-1].loss:
+    for option in sorted(options, key=lambda each: (each.bytes, each.cost)):
+        if hull and option.cost >= hull[-1].cost:
             continue
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], option):
             hull.pop()
@@ -69,5 +78,5 @@ def _hull(options: Sequence[Option]) -> list[Option]:
 
 
 def _slope(before: Option, after: Option) -> float:
-    """Loss that a byte changes; negative."""
-    return (after.loss - before.loss) / (after.bytes - before.bytes)
+    """Cost that a byte changes; negative."""
+    return (after.cost - before.cost) / (after.bytes - before.bytes)

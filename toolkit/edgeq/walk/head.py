@@ -40,16 +40,27 @@ def embed(table: Rows, tokens: NDArray[np.int32]) -> NDArray[np.float32]:
 
 def logits(model: Layered, hidden: NDArray[np.float32], rows: Rows) -> NDArray[np.float32]:
     """Logits [length, vocabulary] of states [length, hidden] after the last layer, by the rows of an output layer."""
+    return products(model, normed(model, hidden), rows)
+
+
+def normed(model: Layered, hidden: NDArray[np.float32]) -> Any:
+    """What the output layer reads (torch.Tensor), for states [length, hidden] after the last layer."""
+    import torch
+
+    with torch.no_grad():
+        return model.final_norm(torch.from_numpy(hidden))
+
+
+def products(model: Layered, read: Any, rows: Rows) -> NDArray[np.float32]:
+    """What an output layer makes, [length, vocabulary], of what it reads, a tensor [length, hidden]."""
     import torch
 
     vocab = model.checkpoint.model.vocab
-    with torch.no_grad():
-        normed = model.final_norm(torch.from_numpy(hidden))
-    found = np.empty((len(hidden), vocab), np.float32)
+    found = np.empty((len(read), vocab), np.float32)
 
     def part(start: int) -> None:
         here = slice(start, min(start + _ROWS, vocab))
-        found[:, here] = (normed @ torch.from_numpy(rows(here)).T).numpy()
+        found[:, here] = (read @ torch.from_numpy(rows(here)).T).numpy()
 
     model.parallel(part, range(0, vocab, _ROWS))
     return found

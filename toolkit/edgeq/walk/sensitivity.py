@@ -3,7 +3,8 @@
 Rounding W to W + D changes a token's log-likelihood, for y drawn from the prediction, by about g . (D x), where x is
 what the matrix reads and g the gradient at what it writes; half of the mean square of that is the KL divergence
 (Fisher's information, to the second order). Errors at different tokens count as independent, so that of keys and
-values, which attention sums, is underestimated.
+values, which attention sums, is underestimated. An engine that rounds x to x + e before it multiplies changes it by
+g . (W e) besides.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from edgeq.backends.base import Progress
 from edgeq.checkpoint import Checkpoint
 from edgeq.model import Model
+from edgeq.quantize.kept import Rows
 from edgeq.quantize.mix import Option
 from edgeq.quantize.solve import quantized
 from edgeq.recipe import Layout
@@ -29,6 +31,7 @@ from edgeq.walk.layered import Layered
 WINDOWS = 4
 """Windows of the calibration text that are enough to measure over."""
 _ROWS, _TOKENS = 4096, 64
+_LARGEST, _TINY = 127, 1e-30  # of 8 bits; of a scale
 _SEED = 21
 
 
@@ -44,6 +47,7 @@ def units(model: Model) -> dict[str, list[str]]:
 def measure(
     checkpoint: Checkpoint,
     layouts: Mapping[str, Sequence[Layout]],
+    activation_groups: Mapping[Layout, int],
     scale_bits: int,
     tokens: NDArray[np.int32],
     folder: Path,
@@ -51,10 +55,13 @@ def measure(
 ) -> dict[str, list[Option]]:
     """Options of every unit for the layouts that it may have, losses measured over token windows [count, length].
 
-    Rounding is that of clipped grids. `folder` is for a file of the states between layers, 2 bytes a value.
+    Rounding is that of clipped grids; of each layout, inputs are rounded to 8 bits in groups of so many, 0 for none.
+    `folder` is for a file of the states between layers, 2 bytes a value.
     """
     shapes, together = checkpoint.model.tensors(), units(checkpoint.model)
-    losses: dict[tuple[str, str], float] = {}
+    losses: dict[tuple[str, Layout], float] = {}
+    activations: dict[tuple[str, int], float] = {}
+    groups = {first: sorted({activation_groups[each] for each in found} - {0}) for first, found in layouts.items()}
     model = Layered(checkpoint)
     try:
         states = head.embed(head.exact(checkpoint, head.TABLE), tokens)
@@ -63,15 +70,26 @@ def measure(
         for layer in gradients.backwards(model, slopes, between, progress, watch=True):
             for first in filter(layer.read.__contains__, together):
                 for layout in layouts[first]:
-                    losses[first, layout.name] = sum(_loss(model, name, layout, layer) for name in together[first])
+                    losses[first, layout] = sum(_loss(model, name, layout, layer) for name in together[first])
+                for group in groups[first]:
+                    activations[first, group] = sum(
+                        _activations_loss(model, name, group, layer) for name in together[first]
+                    )
         for name in filter(together.__contains__, TABLES):
             for layout in layouts[name]:
-                losses[name, layout.name] = _table_loss(model, name, layout, tokens, slopes, states)
+                losses[name, layout] = _table_loss(model, name, layout, tokens, slopes, states)
+            for group in groups[name]:
+                activations[name, group] = _output_activations_loss(model, name, group, states)
     finally:
         model.close()
     return {
         first: [
-            Option(layout, sum(_bytes(shapes[name], layout, scale_bits) for name in names), losses[first, layout.name])
+            Option(
+                layout,
+                sum(_bytes(shapes[name], layout, scale_bits) for name in names),
+                losses[first, layout],
+                activations.get((first, activation_groups[layout]), 0.0),
+            )
             for layout in layouts[first]
         ]
         for first, names in together.items()
@@ -83,14 +101,35 @@ def _loss(model: Layered, name: str, layout: Layout, layer: gradients.Backward) 
     import torch
 
     read, written = torch.cat(layer.read[name]), torch.cat(layer.written[name])
+    return _change(model, read, written, lambda rows: _lost(model.checkpoint, name, layout, rows))
+
+
+def _activations_loss(model: Layered, name: str, group: int, layer: gradients.Backward) -> float:
+    """KL divergence of rounding what one matrix of a layer reads to 8 bits, in groups of inputs."""
+    import torch
+
+    read, written = torch.cat(layer.read[name]), torch.cat(layer.written[name])
+    return _change(model, _rounding(read, group), written, head.exact(model.checkpoint, name))
+
+
+def _change(model: Layered, read: Any, written: Any, rows: Rows) -> float:
+    """KL divergence of adding to what is written, where its gradients are `written`, what rows make of `read`."""
+    import torch
+
     outputs = written.shape[1]
 
     def change(start: int) -> Any:
-        rows = slice(start, min(start + _ROWS, outputs))
-        lost = torch.from_numpy(_lost(model.checkpoint, name, layout, rows))
-        return (written[:, rows] * (read @ lost.T)).sum(1)
+        here = slice(start, min(start + _ROWS, outputs))
+        return (written[:, here] * (read @ torch.from_numpy(rows(here)).T)).sum(1)
 
     return _divergence(sum(model.parallel(change, range(0, outputs, _ROWS))).numpy())
+
+
+def _rounding(values: Any, group: int) -> Any:
+    """What rounding to 8 bits, of the largest magnitude of each group of inputs, changes of values [tokens, inputs]."""
+    parts = values.reshape(len(values), -1, group)
+    steps = parts.abs().amax(2, keepdim=True).clamp(min=_TINY) / _LARGEST
+    return ((parts / steps).round() * steps - parts).reshape(values.shape)
 
 
 def _table_loss(
@@ -117,6 +156,22 @@ def _table_loss(
             np.mean([_spread(head.logits(model, each, exact), head.logits(model, each, lost)) for each in final])
         )
     return loss
+
+
+def _output_activations_loss(model: Layered, name: str, group: int, final: NDArray[np.float32]) -> float:
+    """KL divergence of rounding what the output layer reads to 8 bits; nothing for a table that only embeds."""
+    if name != head.output(model.checkpoint):
+        return 0.0
+    exact = head.exact(model.checkpoint, name)
+    reads = (head.normed(model, states) for states in final)
+    return float(
+        np.mean(
+            [
+                _spread(head.products(model, read, exact), head.products(model, _rounding(read, group), exact))
+                for read in reads
+            ]
+        )
+    )
 
 
 def _divergence(changes: NDArray[Any]) -> float:

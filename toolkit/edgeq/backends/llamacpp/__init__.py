@@ -11,14 +11,14 @@ from edgeq.backends.llamacpp import install, limits
 from edgeq.bundle import Bundle
 from edgeq.errors import MissingTool
 from edgeq.model import Model
-from edgeq.recipe import Recipe
+from edgeq.recipe import Layout, Recipe
 from edgeq.target import Target
 
 if TYPE_CHECKING:
     from edgeq.backends.base import Job, Session
 
 ENGINE = ("llama-cpp-python",)
-MIXED = ("q2_k", "q3_k", "iq4_xs", "q4_k", "w4g32", "q5_k", "q6_k", "w8g32")
+MIXED = ("q2_k", "q3_k", "iq4_xs", "q4_k", "w4g32", "q5_k", "q5_0", "q5_1", "q6_k", "w8g32")
 _TOOLS = ("gguf", *ENGINE)
 
 # OpenMP reads this when its library is loaded, which torch does too, and the reference needs torch before the engine.
@@ -34,6 +34,13 @@ def provider(target: Target) -> str:
 def scale_bits(recipe: Recipe) -> int:  # noqa: ARG001
     """GGML's plain blocks have float16 scales."""
     return 16
+
+
+def activation_group(target: Target, layout: Layout) -> int:
+    """Those of a block on processors, 32 on CUDA; ggml's kernels for other GPUs multiply floats."""
+    if target.api == "cpu":
+        return layout.block
+    return limits.BLOCK if target.api == "cuda" else 0
 
 
 def calibrates_cache(recipe: Recipe) -> bool:  # noqa: ARG001

@@ -13,7 +13,7 @@ from edgeq.bundle import Bundle, Compiled
 from edgeq.errors import MissingTool, UsageFault
 from edgeq.machine import physical_cores, this_machine
 from edgeq.model import Model, read_config
-from edgeq.recipe import Recipe, plain
+from edgeq.recipe import Layout, Recipe, plain
 from edgeq.target import Target
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ def provider(target: Target) -> str:
 def scale_bits(recipe: Recipe) -> int:
     """Scales have the type of the activations, which is that of the cache."""
     return recipe.kv_bits
+
+
+def activation_group(target: Target, layout: Layout) -> int:  # noqa: ARG001
+    """Matrices read floats."""
+    return 0
 
 
 def calibrates_cache(recipe: Recipe) -> bool:  # noqa: ARG001

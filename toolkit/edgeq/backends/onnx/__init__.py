@@ -12,7 +12,7 @@ from edgeq import size
 from edgeq.bundle import Bundle
 from edgeq.errors import MissingTool, UsageFault
 from edgeq.model import Model
-from edgeq.recipe import COLUMN, Recipe, plain
+from edgeq.recipe import COLUMN, Layout, Recipe, plain
 from edgeq.target import Target
 
 if TYPE_CHECKING:
@@ -33,6 +33,11 @@ def provider(target: Target) -> str:
 def scale_bits(recipe: Recipe) -> int:  # noqa: ARG001
     """MatMulNBits keeps them in the type of its input, float32."""
     return 32
+
+
+def activation_group(target: Target, layout: Layout) -> int:
+    """Those of a group on processors (accuracy level 4); GPUs multiply floats."""
+    return layout.run if provider(target) == "cpu" else 0
 
 
 def calibrates_cache(recipe: Recipe) -> bool:
