@@ -49,7 +49,8 @@ def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
 def resumable(parent: Path, key: str) -> Iterator[Path]:
     """Folder for work that may be stopped: the same one for the same key, until a block ends otherwise than stopped.
 
-    A second process with the same key gets a folder of its own.
+    A second process with the same key gets a folder of its own. Files that were being written when it was stopped, of
+    the suffix .partial, are gone.
     """
     import fcntl
 
@@ -69,6 +70,8 @@ def resumable(parent: Path, key: str) -> Iterator[Path]:
             yield Path(own)
         return
     try:
+        for partial in folder.rglob("*.partial"):
+            partial.unlink()
         yield folder
     except (Interrupted, OutOfMemory, DiskFault, BackendFault, MissingTool, OSError, MemoryError):
         with contextlib.suppress(OSError):

@@ -143,8 +143,9 @@ def _token_weights(
     if not kept.is_file():
         found, states = gradients.token_weights(model, fitted, folder, progress)
         layers.solve_output(model, recipe, solutions, states)
-        partial = kept.with_suffix(".partial.npy")
-        np.save(partial, found)
+        partial = kept.with_suffix(".partial")
+        with partial.open("wb") as stream:
+            np.save(stream, found)
         partial.replace(kept)
     try:
         weights: NDArray[np.float32] = np.load(kept, allow_pickle=False)
