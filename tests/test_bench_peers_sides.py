@@ -200,6 +200,7 @@ def test_every_peer_has_what_the_comparison_asks_for() -> None:
     with pytest.raises(Unavailable):
         PEERS["mlc"].python()
     assert ours.side("q4_k-eq6_k-gptq@llamacpp").words == ("q4_k-eq6_k-gptq", "llamacpp")
+    assert ours.side("w4g32-e8-gptq@onnx:self").words == ("w4g32-e8-gptq", "onnx", "self")
 
 
 @pytest.mark.parametrize("name", ["openvino", "autoround"])

@@ -22,6 +22,7 @@ def python() -> Path:
 
 
 def side(name: str) -> Side:
-    """Side of a name such as `w4g32-e8-rtn@onnx`."""
-    recipe, _, backend = name.partition("@")
-    return Side(sys.modules[__name__], name, (recipe, backend or "onnx"))
+    """Side of a name such as `w4g32-e8-rtn@onnx`, or `w4g32-e8-gptq@onnx:self`, which writes its calibration text."""
+    recipe, _, place = name.partition("@")
+    backend, _, text = place.partition(":")
+    return Side(sys.modules[__name__], name, (recipe, backend or "onnx", *filter(None, [text])))

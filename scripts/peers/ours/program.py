@@ -1,6 +1,6 @@
-"""edgeq's bundle, made and run: program.py make CHECKPOINT CALIBRATION OUT RECIPE BACKEND.
+"""edgeq's bundle, made and run: program.py make CHECKPOINT CALIBRATION OUT RECIPE BACKEND [TEXT].
 
-The calibration windows are not used: edgeq is given the text that they are of, and cuts it likewise.
+The calibration windows are not used: edgeq is given the text that they are of, and cuts it likewise, or another TEXT.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ BUNDLE = "bundle"
 ANY_LOSS = "1000"
 
 
-def make(checkpoint: Path, _: Path, out: Path, recipe: str, backend: str) -> None:
+def make(checkpoint: Path, _: Path, out: Path, recipe: str, backend: str, text: str = str(texts.CALIBRATION)) -> None:
     """Write a bundle, whatever it loses: what it loses is the question."""
     words = ["build", str(checkpoint), "--target", "host", "--recipe", recipe, "--backend", backend]
     words += ["--output", str(out / BUNDLE), "--max-loss", ANY_LOSS]
     if parse(recipe).calibrated:
-        words += ["--calibration", str(texts.CALIBRATION)]
+        words += ["--calibration", text]
     subprocess.run([sys.executable, "-m", "edgeq.cli", *words], check=True)
 
 
