@@ -213,7 +213,7 @@ def test_a_model_that_the_first_backend_cannot_load_is_built_with_the_next(
     assert work.backend == "onnx"
     assert any(note.startswith("backend onnx: the first of") for note in work.notes)
     with pytest.raises(UnsupportedModel):
-        planning.plan(str(folder), target="jetson", recipe_name="w4g32-e8-rtn", backend="llamacpp", offline=True)
+        planning.plan(str(folder), target="jetson", recipe_name=recipe_name, backend="llamacpp", offline=True)
 
 
 @pytest.mark.usefixtures("any_engine")

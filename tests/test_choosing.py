@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,19 +38,57 @@ def sensitivities(work: Plan) -> Sensitivities:
     return Sensitivities(options, units, 1000)
 
 
-def test_what_engines_round_activations_by_depends_on_the_device() -> None:
-    fine, large = recipe.layout("w4g32"), recipe.layout("q4_k")
-    groups = {
-        (name, target): [backends.get(name).activation_group(targets.load(target), each) for each in (fine, large)]
-        for name, target in (
-            ("llamacpp", "x86-avx2"),
-            ("llamacpp", "jetson"),
-            ("llamacpp", "m4"),
-            ("onnx", "steam-deck-oled"),
-        )
-    }
-    assert list(groups.values()) == [[32, 256], [32, 32], [0, 0], [0, 0]]
-    assert backends.get("onnx").activation_group(targets.load("x86-avx2"), recipe.layout("w4g128")) == 128
+@pytest.mark.parametrize(
+    ("engine", "target", "layouts", "groups"),
+    [
+        ("llamacpp", "x86-avx2", ["w4g32", "q5_0", "q4_k"], [32, 32, 256]),
+        ("llamacpp", "jetson", ["w4g32", "q5_0", "q4_k"], [32, 32, 32]),
+        ("llamacpp", "steamdeck", ["w4g32", "q5_0", "q4_k"], [32, 32, 32]),
+        ("llamacpp", "m4", ["w4g32", "q5_0", "q4_k"], [0, 0, 0]),
+        ("onnx", "x86-avx2", ["w4g32", "w4g128", "w4ag32", "w8g32"], [32, 128, 32, 32]),
+        ("onnx", "pi5", ["w4g32", "w4g128", "w4ag32", "w8g32"], [sys.maxsize, sys.maxsize, 32, 32]),
+        ("onnx", "raspberry-pi-4-8gb", ["w4g32", "w4g128"], [32, 128]),
+        ("onnx", "steamdeck", ["w4g32", "w8g32"], [0, 0]),
+    ],
+)
+def test_what_engines_round_activations_by_depends_on_the_device(
+    engine: str, target: str, layouts: list[str], groups: list[int]
+) -> None:
+    device = targets.load(target)
+    assert [backends.get(engine).activation_group(device, recipe.layout(each)) for each in layouts] == groups
+
+
+def test_a_loss_is_that_of_the_arithmetic_of_the_gate_too(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = recipe.layout("q4_k")
+    monkeypatch.setattr("edgeq.backends.llamacpp.tools", lambda _: ())
+    for words, group in (({"max_size": 10**6}, 0), ({"max_loss": 0.1}, 256)):
+        work = planning.plan(str(tiny("3")), target="m4", context=256, backend="llamacpp", **words)
+        assert choosing._activation_groups(work, [large]) == {large: group}
+
+
+@pytest.mark.parametrize(("activations", "walks"), [(1e-4, 1), (6e-3, 2)])
+def test_a_mix_is_chosen_again_when_its_weights_and_its_activations_lose_more_than_the_budget(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, activations: float, walks: int
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    work = plan(tiny("3"), max_loss=0.01, calibration_text=str(tmp_path / "text.txt"), out=tmp_path / "bundle")
+    found = sensitivities(work)
+    name = next(iter(found.options))
+    options = {each: [Option(COARSE, 10, 0.0), Option(FINE, 20, 0.0)] for each in found.options}
+    options[name] = [Option(COARSE, 10, 1e-3, activations), Option(FINE, 20, 1e-6, 0.0)]
+    monkeypatch.setattr(choosing, "measure", lambda *_: dataclasses.replace(found, options=options))
+    seen = []
+
+    def quantize(*given: object) -> object:
+        seen.append(dict(given[1].chosen)[name])  # type: ignore[attr-defined]
+        if len(seen) > 1:
+            raise NothingFits("enough")
+        return SimpleNamespace(weights_only=5e-3)
+
+    monkeypatch.setattr("edgeq.walk.run.quantize", quantize)
+    with pytest.raises((NothingFits, AttributeError)):
+        building.build(work, quiet)
+    assert seen == [COARSE, FINE][:walks]
 
 
 def test_where_activations_are_rounded_coarsely_a_larger_layout_that_rounds_them_finely_is_chosen(tiny: Build) -> None:
@@ -58,13 +98,13 @@ def test_where_activations_are_rounded_coarsely_a_larger_layout_that_rounds_them
     options = {name: [Option(COARSE, 10, 1e-4, 5e-3), Option(FINE, 20, 1e-6, 1e-5)] for name in rest}
     options[first] = [Option(COARSE, 10, 2e-3, 0.0), Option(FINE, 20, 1e-6, 0.0)]
     room = 10 * len(options) + 10 * len(rest)
-    settled, weights_only = choosing.settle(
+    settled, choice = choosing.settle(
         dataclasses.replace(work, max_size=room), dataclasses.replace(found, options=options, other_bytes=0)
     )
     chosen = dict(settled.recipe.chosen)
     assert chosen[first] == COARSE
     assert all(chosen[name] == FINE for name in rest)
-    assert weights_only == pytest.approx(2e-3 + 1e-6 * len(rest))
+    assert choice.loss == pytest.approx(2e-3 + 1e-6 * len(rest))
 
 
 def test_a_budget_makes_auto_a_mix_and_no_budget_does_not(tiny: Build) -> None:
@@ -91,18 +131,18 @@ def test_bytes_go_to_the_matrix_that_needs_them(tiny: Build) -> None:
     smallest = sum(options[0].bytes for options in found.options.values())
     first = next(iter(found.options))
     grown = found.options[first][1].bytes - found.options[first][0].bytes
-    settled, loss = choosing.settle(dataclasses.replace(work, max_size=smallest + grown + 1000), found)
+    settled, choice = choosing.settle(dataclasses.replace(work, max_size=smallest + grown + 1000), found)
     assert dict(settled.recipe.chosen)[first] == FINE
     assert {layout for name, layout in settled.recipe.chosen if name != first} == {COARSE}
-    assert loss == pytest.approx(sum(options[0].loss for options in found.options.values()), abs=0.0101)
+    assert choice.loss == pytest.approx(sum(options[0].loss for options in found.options.values()), abs=0.0101)
     assert settled.bytes == size.weight_bytes(work.shape, settled.recipe, 32)
 
 
 def test_a_loss_is_kept_with_the_fewest_bytes_and_a_choice_that_lost_more_is_made_again_with_more(tiny: Build) -> None:
     work = plan(tiny("3"), max_loss=0.01)
     found = sensitivities(work)
-    settled, loss = choosing.settle(work, found)
-    assert loss <= 0.01
+    settled, choice = choosing.settle(work, found)
+    assert choice.cost <= 0.01
     again, _ = choosing.settle(work, found, scale=20.0)
     assert again.bytes > settled.bytes
 

@@ -120,7 +120,7 @@ def test_layouts_with_blocks_of_256_are_refused_where_rows_do_not_fill_them() ->
 
 @pytest.mark.parametrize(
     ("recipe", "fallback"),
-    [("q2_k", "q4_1"), ("iq4_xs", "q4_1"), ("q4_k", "q4_1"), ("q5_k", "w8g32"), ("q6_k", "w8g32")],
+    [("q2_k", "q4_1"), ("iq4_xs", "q4_1"), ("q4_k", "q4_1"), ("q5_k", "q5_1"), ("q6_k", "w8g32")],
 )
 def test_value_heads_in_another_order_get_blocks_that_do_not_mix_them(recipe: str, fallback: str) -> None:
     name = "model.layers.0.linear_attn.out_proj.weight"

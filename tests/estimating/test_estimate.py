@@ -90,8 +90,8 @@ def test_an_unknown_share_of_the_memory_is_assumed_and_named() -> None:
     assert found.fits is True
     assert found.usable_bytes == int((16 << 30) * 0.7)
     assert found.memory_reason == (
-        "what share of its memory is free for a model is not known: 70% is assumed, "
-        "memory.usable_share in a TOML file of one's own says otherwise"
+        "what share of its memory is free for a model is not known: 70% is assumed; "
+        "set memory.usable_share in a target file of your own"
     )
     assert memory.assumed_share(target.load("jetson")) is None
     assert "70% is assumed" in tables.plain(tables.estimate(found))

@@ -25,7 +25,7 @@ WORDS = [
     "w8g32-e8-rtn",
     "w8agcol-e8-rtn",
 ]
-GGML = ["q4_1-eq4_1-rtn", "iq4_nl-eiq4_nl-rtn"]
+GGML = ["q4_1-eq4_1-rtn", "iq4_nl-eiq4_nl-rtn", "q5_0-eq5_1-rtn"]
 
 
 @pytest.mark.parametrize("word", [*WORDS, *GGML])

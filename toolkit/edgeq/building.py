@@ -34,7 +34,7 @@ from edgeq.walk.windows import Held, fitted
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _TEMPLATE = "chat_template.jinja"
 _CHOICES = 3
-_ROOM = 0.95  # of a loss that is a budget: the engine's own arithmetic comes on top
+_ROOM = 0.95  # of a loss that is a budget: predictions of what the engine's arithmetic costs are not exact
 _MORE_BITS = "choose a recipe with more bits (edgeq models show MODEL), or allow the loss with --max-loss"
 _BROKEN = "report it with the output of edgeq doctor; another recipe may work"
 
@@ -139,11 +139,10 @@ def _walk(
     """
     windows = None if text is None else text.windows
     found = choosing.measure(work, checkpoint, text, progress) if text is not None and work.recipe.mixed else None
-    scale, resumed = 1.0, None
+    scale, resumed, choice = 1.0, None, None
     for left in reversed(range(_CHOICES)):
-        predicted = 0.0
         if found is not None:
-            work, predicted = choosing.settle(work, found, scale)
+            work, choice = choosing.settle(work, found, scale)
         if text is not None and work.recipe.calibrated:
             resumed = stack.enter_context(store.resumable(parent, _walk_key(work, source, text, held)))
             needed = work.bytes + footprint.disk(
@@ -151,10 +150,11 @@ def _walk(
             )
             store.require_room(resumed, needed - sum(path.stat().st_size for path in resumed.rglob("*")))
         walked = walk.quantize(checkpoint, work.recipe, held, windows, resumed, progress)
-        kept_budget = not work.loss_is_budget or walked.weights_only <= _ROOM * work.max_loss
-        if not left or found is None or kept_budget or not math.isfinite(walked.weights_only):
+        if not left or choice is None or not work.loss_is_budget or not math.isfinite(walked.weights_only):
             break
-        scale *= walked.weights_only / predicted
+        if walked.weights_only + choice.cost - choice.loss <= _ROOM * work.max_loss:
+            break
+        scale *= walked.weights_only / choice.loss
     return work, walked
 
 

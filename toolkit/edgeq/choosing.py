@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeq import backends, calibration, recipe, size, sources
+from edgeq import backends, calibration, detect, recipe, size, sources
 from edgeq.backends.base import Job, Progress
 from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
@@ -17,8 +17,9 @@ from edgeq.errors import CorruptInput, NothingFits, UsageFault
 from edgeq.model import Model
 from edgeq.planning import MIX, Plan
 from edgeq.quantize import mix
-from edgeq.quantize.mix import Option
+from edgeq.quantize.mix import Choice, Option
 from edgeq.recipe import Layout
+from edgeq.target import HOST
 from edgeq.walk import sensitivity
 
 # Loss of a matrix against that of its rounding alone, on the demos; tuned before it was measured (0.19 to 0.24).
@@ -69,7 +70,7 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
         found = sensitivity.measure(
             checkpoint,
             layouts,
-            {each: engine.activation_group(work.target, each) for each in words},
+            _activation_groups(work, words),
             engine.scale_bits(work.recipe),
             windows,
             Path(folder),
@@ -82,6 +83,13 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
         if fitted is not None:
             found[first] = [dataclasses.replace(each, loss=_remaining(each, fitted) * each.loss) for each in options]
     return Sensitivities(found, units, _other_bytes(work, checkpoint))
+
+
+def _activation_groups(work: Plan, layouts: Sequence[Layout]) -> dict[Layout, int]:
+    """Inputs that share a scale, by the target's arithmetic; within a loss the coarser of that and the gate's, here."""
+    engine = backends.get(work.backend)
+    where = [work.target, detect.resolve(HOST)] if work.loss_is_budget else [work.target]
+    return {layout: max(engine.activation_group(each, layout) for each in where) for layout in layouts}
 
 
 def _remaining(option: Option, fitted: float) -> float:
@@ -108,11 +116,11 @@ def _other_bytes(work: Plan, checkpoint: Checkpoint) -> int:
     return files + backends.get(work.backend).beside_bytes(job)
 
 
-def settle(work: Plan, found: Sensitivities, scale: float = 1.0) -> tuple[Plan, float]:
-    """The plan with the best layouts for its budget, and the predicted loss of its weights alone, in nats per token.
+def settle(work: Plan, found: Sensitivities, scale: float = 1.0) -> tuple[Plan, Choice]:
+    """The plan with the best layouts for its budget, and the choice with what it is predicted to cost.
 
-    scale: by how much more an earlier choice lost than was predicted. Raises NothingFits when no choice keeps the
-    budget.
+    scale: by how much more an earlier choice's weights lost than was predicted. Raises NothingFits when no choice keeps
+    the budget.
     """
     room = math.inf if work.max_size is None else float(work.max_size - found.other_bytes)
     if work.recipe.mixed_bits is not None:
@@ -144,4 +152,4 @@ def settle(work: Plan, found: Sensitivities, scale: float = 1.0) -> tuple[Plan, 
         bytes=size.weight_bytes(work.shape, settled, scale_bits),
         bits_per_weight=size.bits_per_weight(work.shape, settled, scale_bits),
     )
-    return plan, sum(option.loss for option in choice.options.values())
+    return plan, choice

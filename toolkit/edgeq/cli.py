@@ -416,9 +416,11 @@ def _questions() -> Iterator[str]:
 
 def _numbers(text: str) -> tuple[int, ...]:
     """Numbers in `128,512`."""
+    from edgeq import units
+
     words = text.split(",")
     if not all(word.strip().isdecimal() for word in words):
-        raise UsageFault(f"{text!r} is not a list of numbers", run="write it like 128,512")
+        raise units.fault(text, "a list of numbers", "128,512")
     return tuple(map(int, words))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,12 +82,6 @@ def plan(
     chosen, notes = _backend(device, backend, shape, recipe_name)
     engine = backends.get(chosen)
     wanted = _recipe(shape, device, chosen, recipe_name, max_size, budget=max_size is not None or max_loss is not None)
-    if engine.calibrates_cache(wanted) and engine.provider(device) != "cpu":
-        raise UsageFault(
-            f"{wanted}: the {chosen} backend keeps an 8-bit cache on processors only",
-            why=f"It was not tried on {engine.provider(device)}, the provider of {device.name}.",
-            run=f"edgeq build ... --recipe {str(wanted).removesuffix('-kv8')}",
-        )
     return Plan(
         model=model,
         offline=offline,
@@ -120,7 +115,7 @@ def _backend(target: Target, name: str, shape: Model, recipe_name: str) -> tuple
                 run="edgeq doctor",
             )
         wanted = [recipe.parse(each) for each in (target.recipes if recipe_name == "auto" else [recipe_name])]
-        fitting = [each for each in able if any(backends.holds(each, shape, one) for one in wanted)]
+        fitting = [each for each in able if any(backends.holds(each, shape, one, target) for one in wanted)]
         name = (fitting or able)[0]
         held = "holds the model" if recipe_name == "auto" else f"knows {recipe_name}"
         which = "is installed here" if name == able[0] else f"is installed here and {held}"
@@ -154,18 +149,22 @@ def _recipe(shape: Model, target: Target, backend: str, name: str, max_size: int
     if name == "auto" and budget and engine.MIXED:
         return recipe.parse(MIX)
     if name != "auto" and (wanted := recipe.parse(name)).mixed:
-        return _mixed(engine, wanted, budget=budget or wanted.mixed_bits is not None)
+        backends.check(backend, shape, wanted, target)
+        return _budgeted(wanted, budget=budget or wanted.mixed_bits is not None)
     if name == "auto":
-        candidates = [each for each in map(recipe.parse, target.recipes) if backends.holds(backend, shape, each)]
+        candidates = [
+            each for each in map(recipe.parse, target.recipes) if backends.holds(backend, shape, each, target)
+        ]
         if not candidates:
+            with contextlib.suppress(UsageFault):
+                backends.check(backend, shape, recipe.parse(target.recipes[0]), target)
             raise NothingFits(
                 f"none of {target.name}'s recipes ({', '.join(target.recipes)}) suits the model and its backend",
                 run="edgeq build ... --recipe w16",
             )
     else:
         candidates = [recipe.parse(name)]
-        size.check_groups(shape, candidates[0])
-        engine.check(shape, candidates[0])
+        backends.check(backend, shape, candidates[0], target)
     if max_size is None:
         return candidates[0]
     sizes = {each: size.weight_bytes(shape, each, engine.scale_bits(each)) for each in candidates}
@@ -180,11 +179,7 @@ def _recipe(shape: Model, target: Target, backend: str, name: str, max_size: int
     return fitting[0]
 
 
-def _mixed(engine: Backend, wanted: Recipe, *, budget: bool) -> Recipe:
-    if not engine.MIXED:
-        raise UsageFault(
-            f"{wanted}: this backend has one layout for all matrices", run="edgeq build ... --backend onnx"
-        )
+def _budgeted(wanted: Recipe, *, budget: bool) -> Recipe:
     if not budget:
         raise UsageFault(
             f"{wanted} needs a budget",

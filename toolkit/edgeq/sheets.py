@@ -8,14 +8,13 @@ import msgspec
 
 from edgeq import backends, catalog, data, detect, recipe, size, sources
 from edgeq.accelerators import Accelerator
-from edgeq.errors import UnsupportedModel, UsageFault
+from edgeq.errors import UsageFault
 from edgeq.machine import Machine
 from edgeq.model import Model
 from edgeq.recipe import Recipe
 from edgeq.target import HOST
 
 if TYPE_CHECKING:
-    from edgeq.backends.base import Backend
     from edgeq.planning import Plan
 
 
@@ -139,7 +138,7 @@ def plan(work: Plan) -> PlanSheet:
 def _sizes(shape: Model, wanted: Recipe) -> RecipeSize:
     found = []
     for name in backends.NAMES:
-        if name != "null" and _runs(backends.get(name), shape, wanted):
+        if name != "null" and backends.holds(name, shape, wanted):
             scale_bits = backends.get(name).scale_bits(wanted)
             total = size.weight_bytes(shape, wanted, scale_bits)
             found.append(BackendSize(backend=name, bits_per_weight=8 * total / shape.parameters, weights_bytes=total))
@@ -149,15 +148,6 @@ def _sizes(shape: Model, wanted: Recipe) -> RecipeSize:
         weights_bytes=size.weight_bytes(shape, wanted),
         backends=tuple(found),
     )
-
-
-def _runs(engine: Backend, shape: Model, wanted: Recipe) -> bool:
-    try:
-        size.check_groups(shape, wanted)
-        engine.check(shape, wanted)
-    except (UsageFault, UnsupportedModel):
-        return False
-    return True
 
 
 def _sheet(name: str, shape: Model, entry: catalog.Entry | None) -> ModelSheet:

@@ -37,7 +37,7 @@ def layout_of(model: Model, recipe: Recipe, name: str) -> Layout:
         return layout.of(model.tensors()[name][1])
     if not mixes_heads(model, name, layout):
         return layout
-    return GGML["q4_1"] if layout.bits <= GGML["q4_1"].bits else plain(8, 32)
+    return next((GGML[word] for word in ("q4_1", "q5_1") if layout.bits <= GGML[word].bits), plain(8, 32))
 
 
 def alike(model: Model, recipe: Recipe) -> Iterable[tuple[str, tuple[int, ...], int]]:

@@ -18,10 +18,10 @@ def parse_bytes(text: str) -> int:
 
 def parse_tokens(text: str) -> int:
     """Tokens in `4096` or `4k` (k = 1024), one at least; raises UsageFault otherwise."""
-    meaning = "a number of tokens", "4096 or 4k"
-    tokens = _parse(text, _TOKENS, *meaning)
+    meaning, examples = "a number of tokens", "4096 or 4k"
+    tokens = _parse(text, _TOKENS, meaning, examples)
     if tokens < 1:
-        raise _not(text, *meaning)
+        raise fault(text, meaning, examples)
     return tokens
 
 
@@ -32,7 +32,7 @@ def parse_share(text: str) -> float:
     try:
         value = float(number.removesuffix("%"))
     except ValueError:
-        raise _not(text, "a share", "0.05 or 5%") from None
+        raise fault(text, "a share", "0.05 or 5%") from None
     return value / 100 if percent else value
 
 
@@ -49,9 +49,10 @@ def _parse(text: str, units: dict[str, int], meaning: str, examples: str) -> int
     match = _QUANTITY.fullmatch(text.strip())
     unit = units.get(match["unit"].lower()) if match else None
     if match is None or unit is None or (unit == 1 and match["fraction"]):
-        raise _not(text, meaning, examples)
+        raise fault(text, meaning, examples)
     return round(float(match["number"]) * unit)
 
 
-def _not(text: str, meaning: str, examples: str) -> UsageFault:
+def fault(text: str, meaning: str, examples: str) -> UsageFault:
+    """What to raise for a word that is not what it should be."""
     return UsageFault(f"{text[:100]!r} is not {meaning}", run=f"write it like {examples}")

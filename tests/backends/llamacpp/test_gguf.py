@@ -22,7 +22,9 @@ GENERATIONS = ("2.5", "3", "3.5")
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", ["w8g32-e8-rtn", "w4g32-e8-rtn", "w4g32-e4-rtn", "q4_1-eiq4_nl-rtn", "w4g32-e16-mse"])
+@pytest.mark.parametrize(
+    "name", ["w8g32-e8-rtn", "w4g32-e8-rtn", "w4g32-e4-rtn", "q4_1-eiq4_nl-rtn", "q5_1-eq5_0-rtn", "w4g32-e16-mse"]
+)
 @pytest.mark.parametrize("generation", GENERATIONS)
 def test_every_matrix_dequantizes_to_its_solution(
     packed: Build, tiny: Build, generation: str, name: str, tied: bool

@@ -21,7 +21,7 @@ DEMOS = ("demo-qwen2.5", "demo-qwen3", "demo-qwen3.5")
 ENGINE_LOSS = 3e-4  # nats per token beyond the weights' own; seen: 7e-4 of 0.043 with q2_k, 2.1e-4 with q4_k, else 5e-5
 RECIPES = (
     *("f32", "w16", "f16", "w8g32-e8-rtn", "w4g32-e8-rtn", "w4g32-e4-rtn", "w4g32-e8-rtn-kv16", "w4g32-e8-rtn-kv8"),
-    *("q4_1-e8-rtn", "iq4_nl-eq4_1-rtn", "q4_k-eq6_k-rtn", "q5_k-eq5_k-rtn", "q6_k-e8-rtn"),
+    *("q4_1-e8-rtn", "q5_0-eq5_1-rtn", "iq4_nl-eq4_1-rtn", "q4_k-eq6_k-rtn", "q5_k-eq5_k-rtn", "q6_k-e8-rtn"),
     *("iq4_xs-eq6_k-rtn", "q3_k-e16-rtn", "q2_k-eq6_k-rtn"),
 )
 

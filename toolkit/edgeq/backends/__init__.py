@@ -9,6 +9,7 @@ from edgeq import data, size
 from edgeq.errors import UnsupportedModel, UsageFault
 from edgeq.model import Model
 from edgeq.recipe import Recipe
+from edgeq.target import Target
 
 if TYPE_CHECKING:
     from edgeq.backends.base import Backend
@@ -36,12 +37,29 @@ def get(name: str) -> Backend:
     return cast("Backend", importlib.import_module(_MODULES[name]))
 
 
-def holds(name: str, model: Model, recipe: Recipe) -> bool:
-    """Whether a backend's format has room for a recipe of a model, and its runtime loads the result."""
-    if not size.divides(model, recipe):
-        return False
+def check(name: str, model: Model, recipe: Recipe, target: Target | None = None) -> None:
+    """Raise what says why a backend cannot hold a recipe of a model for a target; None: for any.
+
+    UsageFault, with a recipe or a backend that works, or UnsupportedModel where the runtime does not load the model.
+    """
+    engine = get(name)
+    if recipe.mixed and not engine.MIXED:
+        raise UsageFault(f"{recipe}: {name} has one layout for all matrices", run="edgeq build ... --backend onnx")
+    if not recipe.mixed:
+        size.check_groups(model, recipe)
+    engine.check(model, recipe)
+    if target and engine.calibrates_cache(recipe) and engine.provider(target) != "cpu":
+        raise UsageFault(
+            f"{recipe}: the {name} backend keeps an 8-bit cache on processors only",
+            why=f"It was not tried on {engine.provider(target)}, the provider of {target.name}.",
+            run=f"edgeq build ... --recipe {str(recipe).removesuffix('-kv8')}",
+        )
+
+
+def holds(name: str, model: Model, recipe: Recipe, target: Target | None = None) -> bool:
+    """Whether `check` raises nothing."""
     try:
-        get(name).check(model, recipe)
+        check(name, model, recipe, target)
     except (UsageFault, UnsupportedModel):
         return False
     return True

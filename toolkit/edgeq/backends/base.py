@@ -128,7 +128,10 @@ class Backend(Protocol):
         ...
 
     def activation_group(self, target: Target, layout: Layout) -> int:
-        """Inputs that share a scale where matrices of a layout read them rounded to 8 bits; 0 where they are floats."""
+        """Inputs that share a scale where matrices of a layout read them rounded to 8 bits.
+
+        More than there are: all of them; 0: they are read as floats.
+        """
         ...
 
     def calibrates_cache(self, recipe: Recipe) -> bool:

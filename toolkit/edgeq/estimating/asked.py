@@ -122,17 +122,17 @@ def _check_size(shape: Model, name: str, weights_bytes: int) -> None:
 
 def _first(target: Target, shape: Model, recipe_name: str) -> str:
     """The target's first backend that holds a recipe or a published quantization, its very first where none does."""
-    return next((each for each in target.backends if _holds(shape, each, recipe_name)), target.backends[0])
+    return next((each for each in target.backends if _holds(shape, target, each, recipe_name)), target.backends[0])
 
 
-def _holds(shape: Model, runtime: str, name: str) -> bool:
+def _holds(shape: Model, target: Target, runtime: str, name: str) -> bool:
     if name == "auto":
         return True
     try:
         if formats.known(name):
             _published(name, runtime)
         else:
-            _check_held(shape, _parse(name), runtime)
+            _check_held(shape, target, _parse(name), runtime)
     except (UsageFault, UnsupportedModel):
         return False
     return True
@@ -146,17 +146,13 @@ def _published(name: str, runtime: str) -> Recipe:
     return wanted
 
 
-def _check_held(shape: Model, wanted: Recipe, runtime: str) -> None:
+def _check_held(shape: Model, target: Target, wanted: Recipe, runtime: str) -> None:
     """Raise what a build with the backend would for a recipe that it cannot hold, in words of an estimate."""
     try:
-        size.check_groups(shape, wanted)
         if runtime in backends.NAMES:
-            engine = backends.get(runtime)
-            if wanted.mixed and not engine.MIXED:
-                raise UsageFault(
-                    f"{wanted}: {runtime} has one layout for all matrices", run="edgeq build ... --backend onnx"
-                )
-            engine.check(shape, wanted)
+            backends.check(runtime, shape, wanted, target)
+        else:
+            size.check_groups(shape, wanted)
     except (UsageFault, UnsupportedModel) as fault:
         raise type(fault)(fault.what, why=fault.why, run=fault.run.replace("edgeq build", "edgeq estimate")) from fault
 
@@ -176,7 +172,7 @@ def _recipe(shape: Model, target: Target, runtime: str, name: str) -> Recipe:
     """Recipe by name, or the target's first that the backend holds: `onnx` keeps no cache in 16 bits."""
     if name != "auto":
         wanted = _parse(name)
-        _check_held(shape, wanted, runtime)
+        _check_held(shape, target, wanted, runtime)
         return wanted
     suited = [each for each in map(recipe.parse, target.recipes) if runtime != "onnx" or each.kv_bits != 16]
     return next((each for each in suited if size.divides(shape, each)), recipe.parse("w16"))

@@ -108,8 +108,8 @@ def assumed_share(target: Target) -> str | None:
     if target.memory.total_bytes is None or target.memory.usable_share:
         return None
     return (
-        f"what share of its memory is free for a model is not known: {USUAL_SHARE:.0%} is assumed, "
-        "memory.usable_share in a TOML file of one's own says otherwise"
+        f"what share of its memory is free for a model is not known: {USUAL_SHARE:.0%} is assumed; "
+        "set memory.usable_share in a target file of your own"
     )
 
 

@@ -67,9 +67,9 @@ def compensated(weights: NDArray[np.float32], missed: Any, curved: Curvature) ->
 
 
 def quantize(weights: NDArray[np.float32], curved: Curvature, layout: Layout, name: str) -> Solution | BlockSolution:
-    """Solution of rows [outputs, inputs] of a matrix; rows are independent, so any cut of a matrix gives the same,
-    but for ties of ggml's search for scales, which the last bit of a sum decides.
+    """Solution of rows [outputs, inputs] of a matrix.
 
+    Rows are independent, so any cut of a matrix gives the same, but for the last bit of a float16 scale of ggml's.
     A row whose weights are not finite gets scales that are not.
     """
     import torch

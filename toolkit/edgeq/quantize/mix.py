@@ -35,6 +35,11 @@ class Choice(NamedTuple):
     bytes: int
     cost: float
 
+    @property
+    def loss(self) -> float:
+        """What of the cost is of the weights alone."""
+        return sum(option.loss for option in self.options.values())
+
 
 def choose(units: Mapping[str, Sequence[Option]], max_bytes: float, max_loss: float) -> Choice:
     """Options, one for each unit, by the greedy rule for the multiple-choice knapsack.

@@ -40,7 +40,7 @@ def find(target: Target, context: int, *, recipes: Iterable[str] = (), engines: 
                 loss = losses[replace(each, kv_bits=32)]
                 if row := rows.get((entry.name, str(each), backend)):
                     found.append(_measured(entry, model, each, row, target, context, loss))
-                elif backend in own and not each.mixed and backends.holds(backend, model, each):
+                elif backend in own and not each.mixed and backends.holds(backend, model, each, target):
                     found.append(_estimated(entry, model, each, target, backend, context, nearest.get(backend), loss))
     found += [_unknown(row, context) for key, row in rows.items() if key[0] not in ordering.of_catalogue().entries]
     return found

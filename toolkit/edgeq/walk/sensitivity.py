@@ -3,8 +3,8 @@
 Rounding W to W + D changes a token's log-likelihood, for y drawn from the prediction, by about g . (D x), where x is
 what the matrix reads and g the gradient at what it writes; half of the mean square of that is the KL divergence
 (Fisher's information, to the second order). Errors at different tokens count as independent, so that of keys and
-values, which attention sums, is underestimated. An engine that rounds x to x + e before it multiplies changes it by
-g . (W e) besides.
+values, which attention sums, is underestimated; so do those of queries, keys and values of one layer. An engine that
+rounds x to x + e before it multiplies changes it by g . (W e) besides.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from edgeq.walk.layered import Layered
 WINDOWS = 4
 """Windows of the calibration text that are enough to measure over."""
 _ROWS, _TOKENS = 4096, 64
-_LARGEST, _TINY = 127, 1e-30  # of 8 bits; of a scale
+_LARGEST_CODE, _SMALLEST = 127, 1e-30
 _SEED = 21
 
 
@@ -58,6 +59,8 @@ def measure(
     Rounding is that of clipped grids; of each layout, inputs are rounded to 8 bits in groups of so many, 0 for none.
     `folder` is for a file of the states between layers, 2 bytes a value.
     """
+    import torch
+
     shapes, together = checkpoint.model.tensors(), units(checkpoint.model)
     losses: dict[tuple[str, Layout], float] = {}
     activations: dict[tuple[str, int], float] = {}
@@ -69,11 +72,13 @@ def measure(
         slopes = head.slopes(model, states, _SEED)
         for layer in gradients.backwards(model, slopes, between, progress, watch=True):
             for first in filter(layer.read.__contains__, together):
+                seen = {name: (torch.cat(layer.read[name]), torch.cat(layer.written[name])) for name in together[first]}
                 for layout in layouts[first]:
-                    losses[first, layout] = sum(_loss(model, name, layout, layer) for name in together[first])
+                    losses[first, layout] = sum(_loss(model, name, layout, *seen[name]) for name in seen)
                 for group in groups[first]:
                     activations[first, group] = sum(
-                        _activations_loss(model, name, group, layer) for name in together[first]
+                        _change(model, rounding_error(read, group), written, head.exact(checkpoint, name))
+                        for name, (read, written) in seen.items()
                     )
         for name in filter(together.__contains__, TABLES):
             for layout in layouts[name]:
@@ -96,24 +101,16 @@ def measure(
     }
 
 
-def _loss(model: Layered, name: str, layout: Layout, layer: gradients.Backward) -> float:
+def _loss(model: Layered, name: str, layout: Layout, read: Any, written: Any) -> float:
     """KL divergence that one layout of one matrix of a layer costs, in nats per token."""
-    import torch
-
-    read, written = torch.cat(layer.read[name]), torch.cat(layer.written[name])
     return _change(model, read, written, lambda rows: _lost(model.checkpoint, name, layout, rows))
 
 
-def _activations_loss(model: Layered, name: str, group: int, layer: gradients.Backward) -> float:
-    """KL divergence of rounding what one matrix of a layer reads to 8 bits, in groups of inputs."""
-    import torch
-
-    read, written = torch.cat(layer.read[name]), torch.cat(layer.written[name])
-    return _change(model, _rounding(read, group), written, head.exact(model.checkpoint, name))
-
-
 def _change(model: Layered, read: Any, written: Any, rows: Rows) -> float:
-    """KL divergence of adding to what is written, where its gradients are `written`, what rows make of `read`."""
+    """KL divergence of adding a product to what a matrix writes, where its gradients are `written` [tokens, outputs].
+
+    The product is that of `read` [tokens, inputs] and `rows` [outputs, inputs].
+    """
     import torch
 
     outputs = written.shape[1]
@@ -125,10 +122,13 @@ def _change(model: Layered, read: Any, written: Any, rows: Rows) -> float:
     return _divergence(sum(model.parallel(change, range(0, outputs, _ROWS))).numpy())
 
 
-def _rounding(values: Any, group: int) -> Any:
-    """What rounding to 8 bits, of the largest magnitude of each group of inputs, changes of values [tokens, inputs]."""
-    parts = values.reshape(len(values), -1, group)
-    steps = parts.abs().amax(2, keepdim=True).clamp(min=_TINY) / _LARGEST
+def rounding_error(values: Any, group: int) -> Any:
+    """What rounding values, a tensor [tokens, inputs], to 8 bits changes.
+
+    One scale for each `group` of inputs, or for all where that is more: their largest magnitude becomes the code 127.
+    """
+    parts = values.reshape(len(values), -1, min(group, values.shape[1]))
+    steps = parts.abs().amax(2, keepdim=True).clamp(min=_SMALLEST) / _LARGEST_CODE
     return ((parts / steps).round() * steps - parts).reshape(values.shape)
 
 
@@ -162,16 +162,12 @@ def _output_activations_loss(model: Layered, name: str, group: int, final: NDArr
     """KL divergence of rounding what the output layer reads to 8 bits; nothing for a table that only embeds."""
     if name != head.output(model.checkpoint):
         return 0.0
-    exact = head.exact(model.checkpoint, name)
-    reads = (head.normed(model, states) for states in final)
-    return float(
-        np.mean(
-            [
-                _spread(head.products(model, read, exact), head.products(model, _rounding(read, group), exact))
-                for read in reads
-            ]
-        )
-    )
+    exact, losses = head.exact(model.checkpoint, name), []
+    for states in final:
+        read = head.normed(model, states)
+        changes = head.products(model, rounding_error(read, group), exact)
+        losses.append(_spread(head.products(model, read, exact), changes))
+    return fmean(losses)
 
 
 def _divergence(changes: NDArray[Any]) -> float:

@@ -37,10 +37,14 @@ def scale_bits(recipe: Recipe) -> int:  # noqa: ARG001
 
 
 def activation_group(target: Target, layout: Layout) -> int:
-    """Those of a block on processors, 32 on CUDA; ggml's kernels for other GPUs multiply floats."""
+    """Those of a block on processors, 32 on CUDA and Vulkan; Metal's and OpenCL's kernels multiply floats.
+
+    ggml's `vec_dot_type` in `ggml-cpu.c` (Q8_0 and Q8_1, or Q8_K for blocks of 256), `quantize_q8_1` in its kernels for
+    GPUs; Vulkan has that where the device has integer dot products.
+    """
     if target.api == "cpu":
         return layout.block
-    return limits.BLOCK if target.api == "cuda" else 0
+    return limits.BLOCK if target.api in ("cuda", "vulkan") else 0
 
 
 def calibrates_cache(recipe: Recipe) -> bool:  # noqa: ARG001

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 ENGINE = ("onnxruntime",)
 MIXED = ("w2g64", "w4g128", "w4g64", "w4g32", "w4ag32", "w8g128", "w8g32")
 _SMALL_CACHE_BITS = 8
+_KLEIDI_BITS = 4
 _GRAPH_BYTES = 24_000  # of a layer in both graphs
 _BUILD_TOOLS = (*ENGINE, "onnxruntime-genai", "onnx-ir", "transformers", "torch", "numpy", "ml-dtypes")
 
@@ -36,8 +38,15 @@ def scale_bits(recipe: Recipe) -> int:  # noqa: ARG001
 
 
 def activation_group(target: Target, layout: Layout) -> int:
-    """Those of a group on processors (accuracy level 4); GPUs multiply floats."""
-    return layout.run if provider(target) == "cpu" else 0
+    """Those of a group on processors (accuracy level 4), a whole row for some on ARM; GPUs multiply floats.
+
+    On ARM with dot products MLAS hands 4 bits without zero points to KleidiAI, which has one scale for a row
+    (`UseKleidiAI` in `qnbitgemm_kernel_neon.cpp`; read, not run).
+    """
+    if provider(target) != "cpu":
+        return 0
+    by_row = "dotprod" in target.cpu.isa and layout.bits == _KLEIDI_BITS and layout.symmetric
+    return sys.maxsize if by_row else layout.run
 
 
 def calibrates_cache(recipe: Recipe) -> bool:
