@@ -282,3 +282,9 @@ def test_blank_runs_of_a_text_make_no_empty_questions() -> None:
     pieces = list(calibration._as_chat(text, template))
     assert not any("<q></q>" in piece for piece in pieces)
     assert "".join(pieces).count("words") == 6 * 400
+
+
+def test_a_text_that_is_absent_is_refused_before_anything_is_built(tiny: Build, tmp_path: Path) -> None:
+    with pytest.raises(UsageFault, match="no such file or folder") as caught:
+        plan(tiny("3"), tmp_path / "out", tmp_path / "none.txt")
+    assert "self or bundled" in caught.value.run

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from checkpoints import Build, quiet
-from edgeq import backends, building, bundle, calibration, choosing, data, planning, recipe, size
+from edgeq import backends, building, bundle, calibration, choosing, data, planning, recipe, size, units
 from edgeq import target as targets
 from edgeq.backends.base import Progress
 from edgeq.calibration import Calibration
@@ -149,9 +149,12 @@ def test_a_loss_is_kept_with_the_fewest_bytes_and_a_choice_that_lost_more_is_mad
 
 def test_a_budget_that_nothing_keeps_is_refused_with_one_that_works(tiny: Build) -> None:
     work = plan(tiny("3"), max_size=2000)
-    with pytest.raises(NothingFits, match="no mix fits") as caught:
+    with pytest.raises(NothingFits, match=r"no mix of onnx fits 0\.00 MB") as caught:
         choosing.settle(work, sensitivities(work))
-    assert "--max-size" in caught.value.run
+    enough = units.parse_bytes(caught.value.run.rpartition(" ")[2])
+    settled, choice = choosing.settle(dataclasses.replace(work, max_size=enough), sensitivities(work))
+    assert choice.bytes + 1000 <= enough <= choice.bytes + 1000 + 20_000
+    assert settled.recipe.chosen
     assert caught.value.exit_code == 3
     tight = plan(tiny("3"), max_loss=1e-9)
     with pytest.raises(NothingFits, match="no mix is predicted to lose at most 1e-09"):

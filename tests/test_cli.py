@@ -96,10 +96,20 @@ def test_a_recommendation_is_a_table_with_a_plot_where_one_is_wanted(capsys: pyt
     ]
     code, printed, err = run(capsys, *words, "--context", "8k", "--max-ttft", "60", "--max-loss", "0.5")
     assert (code, err) == (0, "")
+    assert "front: no other is better" in printed
     assert "why not" in printed
     assert "vision tower is left out" in printed
     assert " quality\n" in printed
     assert "~" in printed
+    model, name, backend = printed.partition(": ")[2].split()[:3]
+    command = f"build {model} --target jetson-orin-nano-super-8gb --recipe {name} --backend {backend} --context 8192"
+    assert f"Next: edgeq {command}" in " ".join(printed.split())
+
+
+def test_a_targets_notes_are_sentences_one_after_the_other(capsys: pytest.CaptureFixture[str]) -> None:
+    _, printed, _ = run(capsys, "targets", "show", "x86-avx512-vnni")
+    assert ".," not in printed
+    assert "another target." in " ".join(printed.split())
 
 
 def test_a_build_for_the_jetson_says_on_stderr_which_backend_it_took_and_what_would_suit_better(

@@ -60,7 +60,8 @@ def test_a_recommendation_shows_estimates_with_a_tilde_and_measured_figures_with
     assert any("~2.00 GiB" in line and "~40.0 [32.0, 50.0]" in line for line in lines)
     assert "  qwen3-1.7b w4g32-e8-rtn llamacpp: slower" in map(str.rstrip, lines)
     assert any(line.startswith("  1 other recipes and backends") for line in lines)
-    assert lines[-1].strip() == "chosen is the rule"
+    assert lines[-2].strip() == "chosen is the rule"
+    assert lines[-1].startswith(f"Next: edgeq build {choice.model} --target somewhere --recipe {choice.recipe}")
 
 
 def test_what_was_not_measured_is_no_exact_answer() -> None:

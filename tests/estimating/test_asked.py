@@ -250,3 +250,9 @@ def test_published_figures_are_near_the_interval_that_people_are_shown(row: Row)
     ).decode_tokens_per_s
     assert found is not None
     assert found.low / 1.2 < row.decode_tokens_per_s < found.high * 1.2
+
+
+def test_a_file_of_some_size_is_run_by_a_backend_that_holds_what_it_is_like() -> None:
+    found = asked.ask("qwen3-1.7b", target="pi5", weights_bytes=1_100_000_000)
+    assert (found.recipe, found.backend) == ("q4_k-eq6_k-rtn-kv16", "llamacpp")
+    assert asked.ask("qwen3-1.7b", target="pi5", recipe_name=found.recipe, backend=found.backend).recipe == found.recipe

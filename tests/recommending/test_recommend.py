@@ -265,7 +265,7 @@ def test_no_choice_is_called_cautious_where_there_is_none() -> None:
     found = recommend.recommend("x86-avx2")
     assert found.choice is None
     assert not any("choice" in note for note in found.notes)
-    assert any("one measured model gives all" in note for note in found.notes)
+    assert any("one measured model of 100 MB or more gives those of its backend" in note for note in found.notes)
     eight = recommend.recommend("x86-avx2", wanted=Constraints(max_memory_bytes=8_000_000_000))
     assert any("the choice is a cautious one" in note for note in eight.notes)
 

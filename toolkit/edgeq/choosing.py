@@ -131,10 +131,13 @@ def settle(work: Plan, found: Sensitivities, scale: float = 1.0) -> tuple[Plan, 
     }
     choice = mix.choose(options, room, _AIM * work.max_loss if work.loss_is_budget else 0.0)
     if choice.bytes > room:
+        least = choice.bytes + found.other_bytes
+        wanted = f"{work.recipe.mixed_bits:g} bits" if work.max_size is None else f"{work.max_size / 1e6:.2f} MB"
         raise NothingFits(
-            f"{work.recipe}: no mix fits {room / 1e6:.1f} MB",
-            why=f"The smallest has {choice.bytes / 1e6:.1f} MB, and {found.other_bytes / 1e6:.1f} MB come on top.",
-            run=f"edgeq build ... --recipe {MIX} --max-size {(choice.bytes + found.other_bytes) / 1e6 + 1:.0f}MB",
+            f"{work.recipe}: no mix of {work.backend} fits {wanted}",
+            why=f"The smallest has {least / 1e6:.2f} MB: {choice.bytes / 1e6:.2f} MB of weights, "
+            f"{found.other_bytes / 1e6:.2f} MB beside them.",
+            run=f"edgeq build ... --recipe {MIX} --max-size {least / 1e6 + 0.01:.2f}MB",
         )
     if work.loss_is_budget and choice.cost > work.max_loss:
         raise NothingFits(

@@ -144,7 +144,7 @@ def profile(
     if not row.valid:
         raise InvalidMeasurement(
             f"{bundle}: not a valid measurement",
-            why="; ".join(row.reasons) + (" Nothing was saved." if save else ""),
+            why="; ".join(row.reasons) + (". Nothing was saved." if save else ""),
             run=_after(row),
         )
     if save:

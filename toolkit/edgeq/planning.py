@@ -191,7 +191,11 @@ def _budgeted(wanted: Recipe, *, budget: bool) -> Recipe:
 
 def _max_loss(wanted: float) -> float:
     if not 0 < wanted < math.inf:
-        raise UsageFault(f"--max-loss {wanted} is not possible", why="It is a KL divergence in nats, above 0.")
+        raise UsageFault(
+            f"--max-loss {wanted} is not possible",
+            why="It is a KL divergence in nats, above 0.",
+            run="edgeq build ... --max-loss 0.02",
+        )
     return wanted
 
 
@@ -203,6 +207,11 @@ def _calibration(wanted: Recipe, engine: Backend, source: str | None) -> str | N
             f"--calibration has no use for {wanted}",
             why="It looks at weights alone.",
             run=f"edgeq build ... --recipe {fitted}",
+        )
+    if source not in (None, calibration.BUNDLED, calibration.SELF) and not Path(source).exists():
+        raise UsageFault(
+            f"--calibration {source}: no such file or folder",
+            run="edgeq build ... --calibration FILE, DIR, self or bundled",
         )
     return source or calibration.BUNDLED if needed else None
 

@@ -214,7 +214,8 @@ def target(document: Target) -> Table:
         if isinstance(value, Figure):
             table.add_row(field, f"{value.value:g}", value.source)
         elif value not in (None, (), False):
-            table.add_row(field, ", ".join(map(str, value)) if isinstance(value, tuple) else str(value), "")
+            between = " " if field == "notes" else ", "
+            table.add_row(field, between.join(map(str, value)) if isinstance(value, tuple) else str(value), "")
     return table
 
 
@@ -307,12 +308,19 @@ def recommendation(document: Recommendation) -> Group:
         *(f"  {note}" for note in document.notes),
         "",
         table,
+        "marks: * chosen; front: no other is better in quality, speed and memory at once; - misses a constraint",
         "",
         "why not",
         *(f"  {line}" for line in others),
         *([f"  {rest} other recipes and backends of these models: --json has each with its reason"] if rest else []),
-        *([f"chosen is {document.rule}"] if choice else []),
+        *([f"chosen is {document.rule}", f"Next: {_build(document, choice)}"] if choice else []),
     )
+
+
+def _build(document: Recommendation, choice: Candidate) -> str:
+    """The command that builds a choice."""
+    words = f"edgeq build {choice.model} --target {document.target}"
+    return f"{words} --recipe {choice.recipe} --backend {choice.backend} --context {choice.context}"
 
 
 def _answer(candidate: Candidate) -> str:

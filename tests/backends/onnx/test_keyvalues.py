@@ -90,7 +90,7 @@ def test_no_provider_but_the_processor_is_planned_an_8_bit_cache_for() -> None:
     with pytest.raises(UsageFault, match="on processors only") as caught:
         planning.plan("demo-qwen3", **words)  # type: ignore[arg-type]
     assert "webgpu" in caught.value.why
-    assert caught.value.run.endswith("--recipe w4g32-e8-rtn")
+    assert caught.value.run.endswith("--recipe w4g32-e8-rtn, or --backend llamacpp")
 
 
 def test_a_float16_cache_is_refused_with_the_recipe_that_works(tiny: Build) -> None:

@@ -52,7 +52,8 @@ def check(name: str, model: Model, recipe: Recipe, target: Target | None = None)
         raise UsageFault(
             f"{recipe}: the {name} backend keeps an 8-bit cache on processors only",
             why=f"It was not tried on {engine.provider(target)}, the provider of {target.name}.",
-            run=f"edgeq build ... --recipe {str(recipe).removesuffix('-kv8')}",
+            run=f"edgeq build ... --recipe {str(recipe).removesuffix('-kv8')}"
+            + (", or --backend llamacpp" if "llamacpp" in target.backends else ""),
         )
 
 

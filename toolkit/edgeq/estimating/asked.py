@@ -47,10 +47,12 @@ def ask(
     """
     device = detect.resolve(target)
     name, shape = sources.configured(model, offline=offline)
-    runtime = _first(device, shape, recipe_name) if backend == "auto" else rates.canonical(backend)
-    _check_runtime(device, runtime)
+    like = recipe_name
     if weights_bytes is not None:
         _check_size(shape, name, weights_bytes)
+        like = formats.name_of_size(shape, weights_bytes) if recipe_name == "auto" else recipe_name
+    runtime = _first(device, shape, like) if backend == "auto" else rates.canonical(backend)
+    _check_runtime(device, runtime)
     tokens = min(CONTEXT, shape.context) if context is None else context
     if not 0 <= depth <= tokens <= shape.context:
         least = min(max(tokens, depth), shape.context)
@@ -65,7 +67,7 @@ def ask(
     if published_bytes:
         wanted = _published(recipe_name, runtime)
     elif recipe_name == "auto" and weights_bytes is not None:
-        wanted = recipe.parse(formats.recipe_like(formats.name_of_size(shape, weights_bytes)))
+        wanted = recipe.parse(formats.recipe_like(like))
     else:
         wanted = _recipe(shape, device, runtime, recipe_name)
     found = estimate(

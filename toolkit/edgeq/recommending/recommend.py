@@ -225,8 +225,8 @@ def _notes(choice: Candidate | None, found: list[Candidate], wanted: Constraints
     if not any(each.decode_tokens_per_s and each.quality for each in found):
         cautious = "no speed is known here, so the choice is a cautious one" if choice else "no speed is known here"
         notes.append(
-            f"{cautious}; one measured model gives all of them: on the device, edgeq build MODEL --target host "
-            "(or the target's file), then edgeq profile BUNDLE --save"
+            f"{cautious}; one measured model of 100 MB or more gives those of its backend: on the device, "
+            "edgeq build MODEL --target host (or the target's file), then edgeq profile BUNDLE --save"
         )
     measured = [each for each in found if each.evidence == "measured"]
     if not any(each.quality for each in measured):
