@@ -160,16 +160,17 @@ def estimated(model: Model, recipe: Recipe) -> Loss:
     if all(layout.is_float for layout in bits.values()):
         return Loss(value=0.0, low=0.0, high=0.0, evidence="none", basis="weights are not quantized")
     scale = (total / known.parameters) ** known.power / total
+    credit = geometric_mean(fitted())
     rounded = value = 0.0
     for name, count in weights.items():
         if not bits[name].is_float:
             lost = count * _at(bits[name].stored_bits(_SCALE_BITS)) * scale
             credited = recipe.calibrated and bits[name].bits == _FITTED_BITS and name.startswith("model.layers.")
-            rounded, value = rounded + lost, value + lost * (geometric_mean(fitted()) if credited else 1.0)
+            rounded, value = rounded + lost, value + lost * (credit if credited else 1.0)
     basis = f"{published_names()}, x (parameters / {known.parameters / 1e9:.1f} B)^{known.power:.2f}"
     if value < rounded:
         least, most = min(fitted()), max(fitted())
-        basis += f", layers x {geometric_mean(fitted()):.2f} [{least:.2f}, {most:.2f}] as GPTQ of three Qwen2 models"
+        basis += f", layers x {credit:.2f} [{least:.2f}, {most:.2f}] as GPTQ of three Qwen2 models"
     return Loss(
         value=min(value, _MOST),
         low=min(value / known.spread, _MOST),
