@@ -157,7 +157,20 @@ def compiler(tmp_path: Path) -> dict[str, str]:
     """Environment with a fake compiler and a fake Python, whose pip notes CMAKE_ARGS and makes a wheel."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name in ("bash", "basename", "cut", "dirname", "mkdir", "mktemp", "mv", "nice", "rm", "sed", "sha256sum"):
+    for name in (
+        "bash",
+        "basename",
+        "cut",
+        "dirname",
+        "grep",
+        "mkdir",
+        "mktemp",
+        "mv",
+        "nice",
+        "rm",
+        "sed",
+        "sha256sum",
+    ):
         (programs / name).symlink_to(shutil.which(name) or pytest.skip(f"needs {name}"))
     (programs / "uname").symlink_to(shutil.which("uname") or pytest.skip("needs uname"))
     (programs / "tail").symlink_to(shutil.which("tail") or pytest.skip("needs tail"))

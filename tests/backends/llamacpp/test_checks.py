@@ -79,6 +79,18 @@ def test_an_engine_for_another_gpu_is_unknown(monkeypatch: pytest.MonkeyPatch, t
     assert found.observed == "0.3.36 for cuda, cpu, architectures 750,860"
 
 
+def test_an_engine_without_the_processors_instructions_is_told_to_be_compiled_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    old = engine(CPU, features="CPU : AVX2 = 1 | AVX512 = 1 | ")
+    found = findings(monkeypatch, tmp_path, "x86-avx512-vnni", old)["llama.cpp"]
+    assert (found.passed, found.expected) == (None, "llama-cpp-python, compiled for cpu with avx512_vnni")
+    assert found.observed == "0.3.36 for cpu, without avx512_vnni: prompts are slower"
+    assert "-DGGML_AVX512_VNNI=ON" in found.remedy
+    new = engine(CPU, features="CPU : AVX2 = 1 | AVX512 = 1 | AVX512_VNNI = 1 | ")
+    assert findings(monkeypatch, tmp_path, "x86-avx512-vnni", new)["llama.cpp"].passed is True
+
+
 def test_software_devices_are_named_and_do_not_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     found = findings(monkeypatch, tmp_path, "steamdeck", engine(LAVAPIPE, CPU))["llama.cpp devices"]
     assert found.passed is False

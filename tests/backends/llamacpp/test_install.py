@@ -7,6 +7,7 @@ import pytest
 
 from edgeq import target
 from edgeq.backends.llamacpp import install
+from edgeq.machine import this_machine
 from edgeq.target import LlamaCpp
 
 NVCC = "-DCMAKE_CUDA_COMPILER=/usr/local/cuda/bin/nvcc"
@@ -36,6 +37,8 @@ def installed() -> None:
         ),
         ("pi5", ARM, "build-essential"),
         ("x86-avx2", X86, ""),
+        ("x86-avx512-vnni", f"{X86} -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON", ""),
+        ("n150", f"{X86} -DGGML_AVX_VNNI=ON", "build-essential"),
     ],
 )
 def test_each_device_has_its_line(name: str, arguments: str, packages: str) -> None:
@@ -57,6 +60,8 @@ def test_compiling_anew_passes_by_pips_cache() -> None:
 
 def test_a_device_with_another_processor_needs_it_here_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    old = msgspec.structs.replace(this_machine(), isa=("avx2",))
+    monkeypatch.setattr(install, "this_machine", lambda: old)
     here, there = install.lines(target.load("jetson")).split(" here; on Jetson Orin Nano Super Developer Kit 8GB: ")
     assert here == f"CMAKE_ARGS='{X86}' pip install 'edgeq[llamacpp]'"
     assert there == install.line(target.load("jetson"))

@@ -164,3 +164,16 @@ def test_a_bundle_without_a_choice_of_logits_says_so_and_decodes_plainly(built: 
     session = load(old)
     assert "build it again" in (session.one_way or "")
     assert list(speculation.generate(session, IDS[:20], 5, "lookup")) == list(load(folder).generate(IDS[:20], 5))
+
+
+def test_threads_sleep_soon_and_pieces_of_work_change_no_bit(built: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for pieces in (onnx_session.PIECES, 0):
+        monkeypatch.setattr(onnx_session, "PIECES", pieces)
+        chosen = onnx_session.options()
+        assert chosen.get_session_config_entry("session.dynamic_block_base") == str(pieces)
+        assert chosen.get_session_config_entry("session.intra_op.spin_duration_us") == "5"
+        session = load(built("3", "w4g32-e8-rtn"))
+        found.append(session.logits(list(range(40))))
+        session.close()
+    np.testing.assert_array_equal(found[0], found[1])

@@ -99,6 +99,12 @@ def _compiled_in(target: Target, engine: Engine) -> Finding:
     if engine.report is None:
         return Finding(name, False, expected, f"{engine.version}: {engine.fault}", again)
     observed = f"{engine.version} for {', '.join(engine.report.backends)}"
+    lacking = install.lacking(target.cpu.isa, engine.report.features)
+    if lacking and target.api == "cpu" and engine.has("cpu"):
+        words = ", ".join(lacking)
+        return Finding(
+            name, None, f"{expected} with {words}", f"{observed}, without {words}: prompts are slower", again
+        )
     compiled = re.search(r"ARCHS = ([\d,]+)", engine.report.features)
     if not (compiled and target.gpu and engine.has(target.api)):
         return Finding(name, engine.has(target.api), expected, observed, again)

