@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from checkpoints import Build, quiet
-from edgeq import backends, building, bundle, calibration, choosing, data, planning, recipe, size, units
+from edgeq import backends, building, bundle, calibration, choosing, data, planning, recipe, sheets, size, tables, units
 from edgeq import target as targets
 from edgeq.backends.base import Progress
 from edgeq.calibration import Calibration
@@ -203,10 +205,32 @@ def test_a_preview_settles_a_mix_and_leaves_other_plans_alone(tiny: Build, tmp_p
     text = tmp_path / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
     work = plan(tiny("3"), recipe_name="mix8-gptq", calibration_text=str(text), out=tmp_path / "bundle")
-    assert choosing.preview(work, quiet).recipe.chosen
+    settled, predicted = choosing.preview(work, quiet)
+    assert settled.recipe.chosen
+    assert predicted is not None
+    assert predicted.bytes == choosing._other_bytes(work, Checkpoint.open(tiny("3"))) + (
+        settled.bytes - size.float_bytes(work.shape)
+    )
+    sheet = sheets.plan(dataclasses.replace(settled, max_size=10**6), predicted)
+    assert (sheet.predicted_loss, sheet.bundle_bytes) == predicted
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(tables.plan(sheet))
+    printed = console.export_text()
+    assert f"; of this mix ~{predicted.loss:.2g}" in printed
+    assert f"(not built, ~{units.show_bytes(predicted.bytes)} of {units.show_bytes(10**6)})" in printed
     assert not (tmp_path / "bundle").exists()
     other = plan(tiny("3"), recipe_name="w4g32-e8-rtn")
-    assert choosing.preview(other, quiet) is other
+    assert choosing.preview(other, quiet) == (other, None)
+
+
+def test_a_size_that_no_mix_has_is_refused_before_anything_is_measured(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    work = plan(tiny("3"), max_size=2000, calibration_text=str(tmp_path / "text.txt"), out=tmp_path / "bundle")
+    monkeypatch.setattr("edgeq.walk.sensitivity.measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(NothingFits, match="no mix of onnx fits"):
+        choosing.preview(work, quiet)
 
 
 @pytest.mark.parametrize(("name", "count"), [("mix7.5-guided", 2), ("mix7.5-tuned", 5)])
@@ -225,7 +249,7 @@ def test_a_preview_measures_over_the_windows_that_a_build_would(
 
     monkeypatch.setattr(choosing, "measure", note)
     work = plan(tiny("3"), recipe_name=name, calibration_text=str(tmp_path / "text.txt"), out=tmp_path / "bundle")
-    previewed = choosing.preview(work, quiet)
+    previewed, _ = choosing.preview(work, quiet)
     building.build(work, quiet)
     assert seen == [count, count]
     assert bundle.read(tmp_path / "bundle").layouts == {each: word.name for each, word in previewed.recipe.chosen}

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from edgeq import backends, calibration, detect, recipe, size, sources
 from edgeq.backends.base import Job, Progress
@@ -39,23 +40,35 @@ class Sensitivities:
     other_bytes: int
 
 
-def preview(work: Plan, progress: Progress) -> Plan:
+class Prediction(NamedTuple):
+    """What a mix is predicted to lose as run, KL divergence in nats per token, and the bytes of its bundle."""
+
+    loss: float
+    bytes: int
+
+
+def preview(work: Plan, progress: Progress) -> tuple[Plan, Prediction | None]:
     """A plan whose mixed recipe is settled, without building it: the checkpoint is fetched, and sensitivities measured.
 
-    Other plans come back as they are.
+    Other plans come back as they are, without a prediction.
     """
     if not work.recipe.mixed:
-        return work
+        return work, None
     origin = sources.find(work.model, offline=work.offline)
     checkpoint = Checkpoint.open(origin.folder)
     source = work.calibration or calibration.BUNDLED
     longest, demo = checkpoint.model.context, origin.kind == "demo"
     text = calibration.read(checkpoint, source, demo, longest, progress, tuned=work.recipe.tuned)
-    return settle(work, measure(work, checkpoint, text, progress))[0]
+    found = measure(work, checkpoint, text, progress)
+    settled, choice = settle(work, found)
+    return settled, Prediction(choice.cost, choice.bytes + found.other_bytes)
 
 
 def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Progress) -> Sensitivities:
-    """Sensitivities over some windows of the calibration text; raises CorruptInput when they are not finite."""
+    """Sensitivities over some windows of the calibration text.
+
+    Raises CorruptInput when they are not finite, and before they are measured NothingFits when no mix has the size.
+    """
     engine = backends.get(work.backend)
     units = sensitivity.units(checkpoint.model)
     words = [recipe.layout(word) for word in engine.MIXED]
@@ -65,13 +78,17 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
             f"{work.recipe}: no layout of {work.backend} divides the inputs of {odd[0]}",
             run="edgeq build ... --recipe w4g16-e8-guided, or w16",
         )
+    scale_bits, other = engine.scale_bits(work.recipe), _other_bytes(work, checkpoint)
+    sizes = sensitivity.sizes(checkpoint.model, layouts, scale_bits)
+    unmeasured = {first: [Option(*each, 0.0) for each in found.items()] for first, found in sizes.items()}
+    settle(work, Sensitivities(unmeasured, units, other))
     windows = text.windows[:: max(1, len(text.windows) // sensitivity.WINDOWS)][: sensitivity.WINDOWS]
     with tempfile.TemporaryDirectory(dir=work.out.parent if work.out.parent.is_dir() else None) as folder:
         found = sensitivity.measure(
             checkpoint,
             layouts,
             _activation_groups(work, words),
-            engine.scale_bits(work.recipe),
+            scale_bits,
             windows,
             Path(folder),
             progress,
@@ -82,7 +99,7 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
         fitted = (_FITTED_TABLE if first in size.TABLES else _FITTED).get(work.recipe.method)
         if fitted is not None:
             found[first] = [dataclasses.replace(each, loss=_remaining(each, fitted) * each.loss) for each in options]
-    return Sensitivities(found, units, _other_bytes(work, checkpoint))
+    return Sensitivities(found, units, other)
 
 
 def _activation_groups(work: Plan, layouts: Sequence[Layout]) -> dict[Layout, int]:

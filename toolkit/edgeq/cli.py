@@ -109,8 +109,8 @@ def build(
         _say(note)
     if dry_run:
         with _progress() as progress:
-            plan = choosing.preview(plan, progress)
-        _show(sheets.plan(plan), json, tables.plan)
+            plan, predicted = choosing.preview(plan, progress)
+        _show(sheets.plan(plan, predicted), json, tables.plan)
         return
     with _progress() as progress:
         built = building.build(plan, progress)

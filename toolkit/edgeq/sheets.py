@@ -15,6 +15,7 @@ from edgeq.recipe import Recipe
 from edgeq.target import HOST
 
 if TYPE_CHECKING:
+    from edgeq.choosing import Prediction
     from edgeq.planning import Plan
 
 
@@ -62,7 +63,10 @@ class ModelSheet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlanSheet(msgspec.Struct, frozen=True, kw_only=True):
-    """The document of `edgeq build --dry-run`; sizes are predictions."""
+    """The document of `edgeq build --dry-run`; sizes are predictions.
+
+    A mix's bundle has `bundle_bytes` and is predicted to lose `predicted_loss` as run, nats per token.
+    """
 
     model: str
     generation: str
@@ -74,8 +78,11 @@ class PlanSheet(msgspec.Struct, frozen=True, kw_only=True):
     weights_bytes: int
     bits_per_weight: float
     max_loss: float
+    max_bytes: int | None
     notes: tuple[str, ...]
     layouts: dict[str, str] | None = None
+    predicted_loss: float | None = None
+    bundle_bytes: int | None = None
 
 
 class Detection(msgspec.Struct, frozen=True, kw_only=True):
@@ -117,7 +124,7 @@ def model(name: str, *, offline: bool) -> ModelSheet:
     return _sheet(entry.name, entry.model, entry)
 
 
-def plan(work: Plan) -> PlanSheet:
+def plan(work: Plan, predicted: Prediction | None = None) -> PlanSheet:
     """Document of a build's plan."""
     return PlanSheet(
         model=work.name,
@@ -130,8 +137,11 @@ def plan(work: Plan) -> PlanSheet:
         weights_bytes=work.bytes,
         bits_per_weight=work.bits_per_weight,
         max_loss=work.max_loss,
+        max_bytes=work.max_size,
         notes=work.notes,
         layouts={name: layout.name for name, layout in work.recipe.chosen} or None,
+        predicted_loss=predicted.loss if predicted else None,
+        bundle_bytes=predicted.bytes if predicted else None,
     )
 
 

@@ -70,6 +70,10 @@ def _planned(memory: MemoryPlan) -> str:
 
 def plan(document: PlanSheet) -> Table:
     """What a build would make; estimates start with ~."""
+    predicted = "" if document.predicted_loss is None else f"; of this mix ~{document.predicted_loss:.2g}"
+    size = "" if document.bundle_bytes is None else f", ~{show_bytes(document.bundle_bytes)}"
+    if size and document.max_bytes is not None:
+        size += f" of {show_bytes(document.max_bytes)}"
     return _facts(
         ("model", f"{document.model} (Qwen{document.generation})"),
         ("target", f"{document.target}, {document.backend}"),
@@ -77,8 +81,8 @@ def plan(document: PlanSheet) -> Table:
         ("weights", f"~{show_bytes(document.weights_bytes)}"),
         *([("layouts", _layouts(document.layouts))] if document.layouts else []),
         ("context", f"{document.context} tokens"),
-        ("gate", f"KL divergence <= {document.max_loss:g} nats per token"),
-        ("bundle", f"{document.bundle} (not built)"),
+        ("gate", f"KL divergence <= {document.max_loss:g} nats per token{predicted}"),
+        ("bundle", f"{document.bundle} (not built{size})"),
     )
 
 

@@ -61,7 +61,7 @@ def measure(
     """
     import torch
 
-    shapes, together = checkpoint.model.tensors(), units(checkpoint.model)
+    together = units(checkpoint.model)
     losses: dict[tuple[str, Layout], float] = {}
     activations: dict[tuple[str, int], float] = {}
     groups = {first: sorted({activation_groups[each] for each in found} - {0}) for first, found in layouts.items()}
@@ -89,15 +89,19 @@ def measure(
         model.close()
     return {
         first: [
-            Option(
-                layout,
-                sum(_bytes(shapes[name], layout, scale_bits) for name in names),
-                losses[first, layout],
-                activations.get((first, activation_groups[layout]), 0.0),
-            )
-            for layout in layouts[first]
+            Option(layout, stored, losses[first, layout], activations.get((first, activation_groups[layout]), 0.0))
+            for layout, stored in found.items()
         ]
-        for first, names in together.items()
+        for first, found in sizes(checkpoint.model, layouts, scale_bits).items()
+    }
+
+
+def sizes(model: Model, layouts: Mapping[str, Sequence[Layout]], scale_bits: int) -> dict[str, dict[Layout, int]]:
+    """Bytes of every unit in each of the layouts that it may have."""
+    shapes = model.tensors()
+    return {
+        first: {layout: sum(_bytes(shapes[name], layout, scale_bits) for name in names) for layout in layouts[first]}
+        for first, names in units(model).items()
     }
 
 
