@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,29 @@ import pytest
 from checkpoints import Build, quiet
 from edgeq import data, transformer
 from edgeq.checkpoint import Checkpoint
+from edgeq.quantize import gptq
 from edgeq.quantize.solve import quantized
 from edgeq.recipe import Layout, plain
-from edgeq.size import is_quantized
+from edgeq.size import TABLES, is_quantized
 from edgeq.walk import sensitivity, windows
+from edgeq.walk.layered import Layered
 
 FINE, COARSE = plain(8, 32), plain(4, 32)
-TEXT = data.held_out()[:6000]
+TEXT = data.held_out()[:24000]
 
 
 def measure(
-    checkpoint: Checkpoint, layouts: list[Layout], scratch: Path, groups: dict[Layout, int] | None = None
+    checkpoint: Checkpoint,
+    layouts: list[Layout],
+    scratch: Path,
+    groups: dict[Layout, int] | None = None,
+    *,
+    feedback: bool = False,
 ) -> dict[str, list[Any]]:
-    tokens = windows.windows(checkpoint.folder, TEXT, 6, 64, checkpoint.model.vocab)
+    tokens = windows.windows(checkpoint.folder, TEXT, 24, 64, checkpoint.model.vocab)
     every = dict.fromkeys(sensitivity.units(checkpoint.model), layouts)
-    return sensitivity.measure(checkpoint, every, groups or dict.fromkeys(layouts, 0), 16, tokens, scratch, quiet)
+    inputs = groups or dict.fromkeys(layouts, 0)
+    return sensitivity.measure(checkpoint, every, inputs, 16, tokens, scratch, quiet, feedback=feedback)
 
 
 @pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
@@ -40,13 +49,14 @@ def test_every_matrix_is_in_one_unit_and_queries_keys_and_values_share_theirs(ti
 @pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_predicted_losses_are_those_of_models_with_one_unit_rounded(
-    tiny: Build, tmp_path: Path, generation: str, tied: bool
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generation: str, tied: bool
 ) -> None:
     import torch
 
+    monkeypatch.setattr(sensitivity, "APART", 2)
     checkpoint = Checkpoint.open(tiny(generation, tied=tied))
     found = measure(checkpoint, [COARSE], tmp_path)
-    tokens = windows.windows(checkpoint.folder, TEXT, 6, 64, checkpoint.model.vocab)
+    tokens = windows.windows(checkpoint.folder, TEXT, 24, 64, checkpoint.model.vocab)
     model = transformer.instantiate(checkpoint, lambda _: True)
 
     def log_probs() -> Any:
@@ -94,7 +104,7 @@ def test_predicted_losses_of_rounded_activations_are_those_of_models_that_round_
 
     checkpoint = Checkpoint.open(tiny("3", tied=tied))
     found = measure(checkpoint, [COARSE, FINE], tmp_path, {COARSE: 32, FINE: 64})
-    tokens = torch.from_numpy(windows.windows(checkpoint.folder, TEXT, 6, 64, checkpoint.model.vocab).astype(np.int64))
+    tokens = torch.from_numpy(windows.windows(checkpoint.folder, TEXT, 24, 64, checkpoint.model.vocab).astype(np.int64))
     model = transformer.instantiate(checkpoint, lambda _: True)
 
     def rounded(inputs: tuple[Any], group: int) -> tuple[Any]:
@@ -138,3 +148,44 @@ def test_the_largest_of_each_group_sets_its_scale(group: int, places: int) -> No
 def test_activations_that_are_floats_cost_nothing(tiny: Build, tmp_path: Path) -> None:
     for options in measure(Checkpoint.open(tiny("3")), [FINE], tmp_path).values():
         assert [option.activations for option in options] == [0.0]
+
+
+@pytest.mark.parametrize("together", [0.0, 1.0, 2.0])
+def test_feedback_leaves_the_share_that_gptq_leaves(
+    tiny: Build, together: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    random = np.random.default_rng(3)
+    common = random.normal(size=(2048, 32)) @ random.normal(size=(32, 256)) / 6
+    read = torch.from_numpy((together * common + random.normal(size=(2048, 256))).astype(np.float32))
+    weights = random.normal(0, 0.05, (64, 256)).astype(np.float32)
+    curved = gptq.curvature(read.T @ read / len(read))
+    solved = gptq.quantize(weights, curved, COARSE, "matrix").dequantize()
+    rounded = quantized(weights, COARSE, "mse", "matrix").dequantize()
+    share = gptq.error(weights, solved, curved.hessian) / gptq.error(weights, rounded, curved.hessian)
+    model = Layered(Checkpoint.open(tiny("3")))
+    whole = sensitivity.left_over(model, read)
+    monkeypatch.setattr(sensitivity, "_TOGETHER", 128)
+    halves = sensitivity.left_over(model, read)
+    model.close()
+    assert whole == pytest.approx(share, rel=0.3)
+    assert whole <= halves < 1.6 * whole
+
+
+def test_matrices_that_will_be_fitted_lose_less_and_tables_what_they_did(tiny: Build, tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(tiny("3"))
+    fitted = measure(checkpoint, [FINE, COARSE], tmp_path, feedback=True)
+    for first, options in measure(checkpoint, [FINE, COARSE], tmp_path).items():
+        fine, coarse = (one.loss / other.loss for one, other in zip(fitted[first], options, strict=True))
+        assert fine == pytest.approx(coarse)
+        assert fine == 1 if first in TABLES else 0.2 < fine < 0.95
+
+
+def test_sensitivities_of_a_checkpoint_that_is_not_finite_are_not(tiny: Build, tmp_path: Path) -> None:
+    import torch
+
+    model = Layered(Checkpoint.open(tiny("3")))
+    assert math.isnan(sensitivity.left_over(model, torch.full((64, 32), math.nan)))
+    assert sensitivity.left_over(model, torch.zeros(64, 32)) == pytest.approx(1)
+    model.close()

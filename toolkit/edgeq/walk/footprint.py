@@ -14,7 +14,7 @@ from edgeq.walk import tuning
 from edgeq.walk.layers import PIECE
 from edgeq.walk.moments import AT_ONCE
 from edgeq.walk.run import LOGITS
-from edgeq.walk.sensitivity import WINDOWS
+from edgeq.walk.sensitivity import APART, WINDOWS
 from edgeq.walk.windows import Held
 
 _LIBRARY_BYTES = 700_000_000  # torch, transformers and ONNX Runtime, as measured
@@ -58,8 +58,8 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
         solving += max(_solving(outputs, inputs, recipe.guided) for outputs, inputs in matrices)
         if recipe.guided or recipe.mixed:
             logits = 3 * min(tokens, _WINDOW) * model.vocab
-            text = model.hidden * tokens * (3 if recipe.guided else 0)
-            watched = 2 * WINDOWS * _WINDOW * max(channels) if recipe.mixed else 0
+            text = 3 * model.hidden * (tokens if recipe.guided else min(tokens, WINDOWS * _WINDOW))
+            watched = 2 * WINDOWS * _WINDOW // APART * max(channels) if recipe.mixed else 0
             graphs = physical_cores() * _WINDOW * (max(channels) + _GRAPH * model.heads * _WINDOW)
             ends = max(ends, _FLOAT * (text + max(layer + watched + graphs, logits)))
         if recipe.tuned:

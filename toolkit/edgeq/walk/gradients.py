@@ -31,7 +31,7 @@ class Backward:
     """What a walk backwards finds at one layer; gradients are those of the windows' log-likelihood.
 
     after: at its output, float32 [windows, length, hidden]; read and written: for each matrix that is watched what it
-    reads, and the gradient at what it writes, a tensor [length, ...] for each window.
+    reads, and the gradient at what it writes, a tensor [tokens, ...] for each window.
     """
 
     index: int
@@ -78,12 +78,12 @@ def backwards(
     between: NDArray[np.uint16],
     progress: Progress,
     *,
-    watch: bool = False,
+    watch: int = 0,
 ) -> Iterator[Backward]:
     """Every layer from the last to the first, each until the next; `slopes` are the gradients after it, then before it.
 
     between: as `forwards` found them. watch: find what every matrix that recipes quantize reads, and the gradient at
-    what it writes.
+    what it writes, at one of so many tokens of each window; 0 for nothing.
     """
     import torch
 
@@ -96,7 +96,8 @@ def backwards(
             def back(window: int, index: int = index, found: Backward = found) -> Any:
                 before = torch.from_numpy(between[index, window].copy()).view(torch.bfloat16).to(torch.float32)
                 watched = model.matrices(index) if watch else []
-                slope, *seen = _pull_back(model, index, before, torch.from_numpy(found.after[window]), watched)
+                tokens = slice(window % max(watch, 1), None, watch or None)
+                slope, *seen = _pull_back(model, index, before, torch.from_numpy(found.after[window]), watched, tokens)
                 slopes[window] = slope.numpy()
                 return seen
 
@@ -110,9 +111,12 @@ def backwards(
 
 
 def _pull_back(
-    model: Layered, index: int, before: Any, slope: Any, watched: Sequence[str]
+    model: Layered, index: int, before: Any, slope: Any, watched: Sequence[str], tokens: slice
 ) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Gradient before a layer from that after it; what each watched matrix reads, and the gradient at its output."""
+    """Gradient before a layer from that after it; what each watched matrix reads, and the gradient at its output.
+
+    The latter two at some tokens alone.
+    """
     import torch
 
     seen: dict[int, list[tuple[str, Any, Any]]] = defaultdict(list)
@@ -133,5 +137,5 @@ def _pull_back(
         for hook in hooks:
             hook.remove()
     names = [name for name, _, _ in seen[here]]
-    read = {name: values.detach().flatten(0, -2) for name, values, _ in seen[here]}
-    return found, read, dict(zip(names, (each.flatten(0, -2) for each in written), strict=True))
+    read = {name: values.detach().flatten(0, -2)[tokens].clone() for name, values, _ in seen[here]}
+    return found, read, dict(zip(names, (each.flatten(0, -2)[tokens].clone() for each in written), strict=True))

@@ -86,7 +86,7 @@ class _Step:
         states = head.embed(self._table, windows)
         between = gradients.forwards(model, states, self._folder, _silent)
         slopes = head.divergence_slopes(model, targets, states, *self._outputs)
-        for layer in gradients.backwards(model, slopes, between, _silent, watch=True):
+        for layer in gradients.backwards(model, slopes, between, _silent, watch=1):
             for name in model.matrices(layer.index):
                 solution = self._factors.applied(self._solutions(name))
                 self._factors.move(model, solution, layer.read[name], layer.written[name], _rate(done, steps), done + 1)

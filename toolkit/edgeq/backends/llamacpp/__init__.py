@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from edgeq.backends.base import Job, Session
 
 ENGINE = ("llama-cpp-python",)
-MIXED = ("q2_k", "q3_k", "iq4_xs", "q4_k", "w4g32", "q5_k", "q5_0", "q5_1", "q6_k", "w8g32")
+MIXED = ("q2_k", "q3_k", "iq4_xs", "q4_k", "iq4_nl", "w4g32", "q5_k", "q5_0", "q5_1", "q6_k", "w8g32")
 _TOOLS = ("gguf", *ENGINE)
 
 # OpenMP reads this when its library is loaded, which torch does too, and the reference needs torch before the engine.
