@@ -23,8 +23,8 @@ from edgeq.recipe import Layout
 from edgeq.target import HOST
 from edgeq.walk import sensitivity
 
-# Loss of a whole model against what error feedback leaves of each matrix: guided q4_k and q5_k of demo-qwen3 0.41, 0.42,
-# of demo-qwen2.5, where few matrices cost most, 0.10; the others relative to it, from w4g32-e8 and mixes.
+# Loss of a whole model against what error feedback leaves of each matrix: guided q4_k and q5_k of demo-qwen3 0.41 and
+# 0.42, of demo-qwen2.5, where few matrices cost most, 0.10. The others relative to that, from w4g32-e8 and mixes.
 _FITTED = {"gptq": 0.65, "guided": 0.4, "tuned": 0.3}
 # Of a table, which guided recipes alone fit; assumed, with 0.15 demos mix the same.
 _FITTED_TABLE = {"guided": 0.3, "tuned": 0.3}
