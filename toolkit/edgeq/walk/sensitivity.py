@@ -129,7 +129,8 @@ def left_over(model: Layered, read: Any) -> float:
         return float(pivots.sum()), float(second.diagonal().sum())
 
     left, whole = zip(*model.parallel(sums, range(0, read.shape[1], _TOGETHER)), strict=True)
-    return sum(left) / sum(whole)
+    share: float = sum(left) / sum(whole)
+    return share
 
 
 def _loss(model: Layered, name: str, layout: Layout, read: Any, written: Any) -> float:
