@@ -82,6 +82,17 @@ def test_numpy_in_a_thread_of_a_child_sees_an_older_processor() -> None:
     assert older == {name for name in plain if not name.startswith(("AVX512", "X86_V4"))}
 
 
+def test_the_words_of_the_command_are_its_own() -> None:
+    assert without("avx512", "printf", "%s ", "-x", "--", "amx").stdout == "-x -- amx "
+
+
+@pytest.mark.parametrize("arguments", [["avx512"], ["avx512", "--"], ["avx512", "true"]])
+def test_a_command_is_wanted(script: Any, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script.main(arguments)
+    assert "usage: without_isa SET[,SET...] -- COMMAND" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("command", "status"), [("exit 7", 7), ("kill -SEGV $$", 139), ("kill -TERM $$", 143)])
 def test_the_status_is_the_commands_and_nothing_is_said(command: str, status: int) -> None:
     done = without("avx512", "sh", "-c", command)

@@ -26,8 +26,8 @@ import numpy as np
 from edgeq import data
 from edgeq.checkpoint import Checkpoint
 from edgeq.profiling import memory
-from edgeq.recipe import parse
-from edgeq.walk import run, windows
+from edgeq.recipe import parse, plain
+from edgeq.walk import run, sensitivity, windows
 
 folder, kept, name, count, length = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], *map(int, sys.argv[4:])
 done, seen = threading.Event(), [0]
@@ -43,7 +43,12 @@ held = windows.quick(checkpoint, (data.folder("demo") / "heldout.txt").read_text
 text = np.random.default_rng(0).integers(0, 256, (count, length)).astype(np.int32)
 wanted = parse(name)
 quiet = lambda *_: None
-run.quantize(checkpoint, wanted, held, text if wanted.calibrated else None, kept if wanted.calibrated else None, quiet)
+if wanted.mixed:
+    layouts = [plain(4, 32), plain(8, 32)]
+    every, groups = dict.fromkeys(sensitivity.units(checkpoint.model), layouts), dict.fromkeys(layouts, 32)
+    sensitivity.measure(checkpoint, every, groups, 16, text, kept, quiet, feedback=True)
+else:
+    run.quantize(checkpoint, wanted, held, *((text, kept) if wanted.calibrated else (None, None)), quiet)
 done.set()
 thread.join()
 print(json.dumps(max(seen)))
@@ -69,7 +74,7 @@ def middle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
-@pytest.mark.parametrize("name", ["w4g32-e8-rtn", "w4g32-e8-gptq", "w4g32-e8-guided", "w4g32-e8-tuned"])
+@pytest.mark.parametrize("name", ["w4g32-e8-rtn", "w4g32-e8-gptq", "w4g32-e8-guided", "w4g32-e8-tuned", "mix4.5-gptq"])
 def test_the_prediction_covers_what_a_walk_takes_and_not_much_more(middle: Path, tmp_path: Path, name: str) -> None:
     words = [sys.executable, "-c", PROGRAM, str(middle), str(tmp_path), name, str(COUNT), str(LENGTH)]
     measured = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
@@ -84,7 +89,7 @@ def test_the_prediction_covers_what_a_walk_takes_and_not_much_more(middle: Path,
 def test_more_of_anything_takes_more(tiny: Build) -> None:
     checkpoint = Checkpoint.open(tiny("3"))
     few, many = (windows.quick(checkpoint, TEXT[:size], 128) for size in (300, 3000))
-    names = [None, parse("w4g32-e8-rtn"), parse("w4g32-e8-gptq"), parse("w4g32-e8-guided")]
+    names = [None, *map(parse, ("w4g32-e8-rtn", "w4g32-e8-gptq", "w4g32-e8-guided"))]
     sizes = [footprint.predict(checkpoint.model, few, each, 10_000) for each in names]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == 4

@@ -22,6 +22,7 @@ from edgeq.quantize.mix import Choice, Option
 from edgeq.recipe import Layout
 from edgeq.target import HOST
 from edgeq.walk import sensitivity
+from edgeq.walk.windows import fitted
 
 # Loss of a whole model against what error feedback leaves of each matrix: guided q4_k and q5_k of demo-qwen3 0.41 and
 # 0.42, of demo-qwen2.5, where few matrices cost most, 0.10. The others relative to that, from w4g32-e8 and mixes.
@@ -83,14 +84,13 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
     sizes = sensitivity.sizes(checkpoint.model, layouts, scale_bits)
     unmeasured = {first: [Option(*each, 0.0) for each in found.items()] for first, found in sizes.items()}
     settle(work, Sensitivities(unmeasured, units, other))
-    windows = text.windows[:: max(1, len(text.windows) // sensitivity.WINDOWS)][: sensitivity.WINDOWS]
-    with tempfile.TemporaryDirectory(dir=work.out.parent if work.out.parent.is_dir() else None) as folder:
+    with tempfile.TemporaryDirectory(dir=next(filter(Path.is_dir, work.out.parents))) as folder:
         found = sensitivity.measure(
             checkpoint,
             layouts,
             _activation_groups(work, words),
             scale_bits,
-            windows,
+            fitted(text.windows),
             Path(folder),
             progress,
             feedback=work.recipe.calibrated,
@@ -98,9 +98,9 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
     if not all(math.isfinite(option.cost) for options in found.values() for option in options):
         raise CorruptInput("the checkpoint's own float32 logits are not finite", run="download the checkpoint again")
     for first, options in found.items():
-        fitted = (_FITTED_TABLE if first in size.TABLES else _FITTED).get(work.recipe.method)
-        if fitted is not None:
-            found[first] = [dataclasses.replace(each, loss=_remaining(each, fitted) * each.loss) for each in options]
+        share = (_FITTED_TABLE if first in size.TABLES else _FITTED).get(work.recipe.method)
+        if share is not None:
+            found[first] = [dataclasses.replace(each, loss=_remaining(each, share) * each.loss) for each in options]
     return Sensitivities(found, units, other)
 
 
@@ -111,8 +111,8 @@ def _activation_groups(work: Plan, layouts: Sequence[Layout]) -> dict[Layout, in
     return {layout: max(engine.activation_group(each, layout) for each in where) for layout in layouts}
 
 
-def _remaining(option: Option, fitted: float) -> float:
-    return fitted * (_TWO_BITS if option.layout.bits == 2 else 1.0)
+def _remaining(option: Option, share: float) -> float:
+    return share * (_TWO_BITS if option.layout.bits == 2 else 1.0)
 
 
 def _possible(model: Model, name: str, layouts: Sequence[Layout]) -> list[Layout]:

@@ -64,10 +64,10 @@ def generate(session: Session, ids: Sequence[int], tokens: int, way: str) -> Ite
     The tokens are those of `session.generate`, up to rounding: engines add numbers in another order for several tokens
     than for one, and where two tokens are equally likely to within that, either may come. Over 60 prompts of 100 tokens
     of each demo, all tokens were the same with float32 matrices (onnx `w16`, llamacpp `f32`), for demo-qwen3.5, and
-    with onnx `-kv8` on AVX-512, where every logit was the same to the bit (ONNX Runtime's AVX2 kernels add one token's
-    in another order than those of several). Elsewhere, activations rounded to 8 bits turn the last bit of a float into
-    logits that differ by 0.2 at most: with w4g32-e8-rtn the first other token came once in 6000 tokens to once in 550,
-    always between two that were within 0.04 of a logit (AMD EPYC).
+    with onnx `-kv8` on AVX-512 VNNI, where every logit was the same to the bit (ONNX Runtime's AVX2 kernels add one
+    token's in another order than those of several). Elsewhere, activations rounded to 8 bits turn the last bit of a
+    float into logits that differ by 0.2 at most: with w4g32-e8-rtn the first other token came once in 6000 tokens to
+    once in 550, always between two that were within 0.04 of a logit (AMD EPYC).
     Raises what `drafter` and the session raise.
     """
     if session.one_way is not None:

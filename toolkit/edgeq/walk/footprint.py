@@ -14,8 +14,8 @@ from edgeq.walk import tuning
 from edgeq.walk.layers import PIECE
 from edgeq.walk.moments import AT_ONCE
 from edgeq.walk.run import LOGITS
-from edgeq.walk.sensitivity import APART, WINDOWS
-from edgeq.walk.windows import Held
+from edgeq.walk.sensitivity import APART
+from edgeq.walk.windows import FITTED, Held
 
 _LIBRARY_BYTES = 700_000_000  # torch, transformers and ONNX Runtime, as measured
 _FLOAT = 4
@@ -30,9 +30,9 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
     recipe: None for the float model alone. The largest of: a layer with what solving it takes, and the ends of the
     model, logits of some windows and the table's codes. Solving takes the second moments of the widest input, their
     factor, for a guided recipe what the layers before have lost, what some windows read, the solved matrix, and room
-    for each thread; hidden states are in files then. A guided recipe's gradients are held twice beside the states, with
-    what each thread goes back through; a mix is measured with what all matrices of a layer read and write, and so are
-    scales tuned, over fewer tokens. Calibrating a cache takes less than the logits.
+    for each thread; hidden states are in files then. The gradients of a guided recipe, or a mix, are held twice beside
+    the states, with what each thread goes back through; a mix is measured with what all matrices of a layer read and
+    write at one token of eight, and so are scales tuned, over a step's. Calibrating a cache takes less than the logits.
     """
     shapes = model.tensors()
     sizes, channels = [0] * model.layers, [0] * model.layers
@@ -58,8 +58,8 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
         solving += max(_solving(outputs, inputs, recipe.guided) for outputs, inputs in matrices)
         if recipe.guided or recipe.mixed:
             logits = 3 * min(tokens, _WINDOW) * model.vocab
-            text = 3 * model.hidden * (tokens if recipe.guided else min(tokens, WINDOWS * _WINDOW))
-            watched = 2 * WINDOWS * _WINDOW // APART * max(channels) if recipe.mixed else 0
+            text = 3 * model.hidden * (tokens if recipe.guided else min(tokens, FITTED * _WINDOW))
+            watched = 2 * FITTED * _WINDOW // APART * max(channels) if recipe.mixed else 0
             graphs = physical_cores() * _WINDOW * (max(channels) + _GRAPH * model.heads * _WINDOW)
             ends = max(ends, _FLOAT * (text + max(layer + watched + graphs, logits)))
         if recipe.tuned:

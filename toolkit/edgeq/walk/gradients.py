@@ -83,7 +83,7 @@ def backwards(
     """Every layer from the last to the first, each until the next; `slopes` are the gradients after it, then before it.
 
     between: as `forwards` found them. watch: find what every matrix that recipes quantize reads, and the gradient at
-    what it writes, at one of so many tokens of each window; 0 for nothing.
+    what it writes, at one of so many tokens of each window, from another one on in each; 0 for nothing.
     """
     import torch
 
@@ -137,5 +137,5 @@ def _pull_back(
         for hook in hooks:
             hook.remove()
     names = [name for name, _, _ in seen[here]]
-    read = {name: values.detach().flatten(0, -2)[tokens].clone() for name, values, _ in seen[here]}
-    return found, read, dict(zip(names, (each.flatten(0, -2)[tokens].clone() for each in written), strict=True))
+    read = {name: values.detach().flatten(0, -2)[tokens].contiguous() for name, values, _ in seen[here]}
+    return found, read, dict(zip(names, (each.flatten(0, -2)[tokens].contiguous() for each in written), strict=True))

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edgeq.backends.base import Progress
 from edgeq.checkpoint import Checkpoint
+from edgeq.errors import CorruptInput
 from edgeq.model import Model
 from edgeq.quantize.kept import Rows
 from edgeq.quantize.mix import Option
@@ -28,13 +29,11 @@ from edgeq.size import TABLES, is_quantized
 from edgeq.walk import gradients, head
 from edgeq.walk.layered import Layered
 
-WINDOWS = 32
-"""Windows of the calibration text that are enough to measure over."""
 APART = 8
 """Of so many tokens in a row one is enough: windows differ by more."""
-_ROWS, _TOKENS, _LOGITS = 4096, 64, 512
+_ROWS, _TOKENS, _AT_ONCE = 4096, 64, 512
 _LARGEST_CODE, _SMALLEST = 127, 1e-30
-_TOGETHER, _DAMPING = 2048, 0.1
+_FEWEST, _DAMPING = 2, 0.1
 _SEED = 21
 
 
@@ -60,9 +59,10 @@ def measure(
 ) -> dict[str, list[Option]]:
     """Options of every unit for the layouts that it may have, losses measured over token windows [count, length].
 
-    Rounding is that of clipped grids; of each layout, inputs are rounded to 8 bits in groups of so many, 0 for none.
-    `folder` is for a file of the states between layers, 2 bytes a value. feedback: matrices of layers will be fitted to
-    what they read, which leaves the share that `left_over` says.
+    Matrices are looked at at one token of `APART`. Rounding is that of clipped grids; of each layout, inputs are
+    rounded to 8 bits in groups of so many, 0 for none. `folder` is for a file of the states between layers, 2 bytes a
+    value. feedback: matrices of layers will be fitted to what they read, which leaves the share that `left_over` says.
+    Raises CorruptInput when the float model's own states are not finite.
     """
     import torch
 
@@ -74,6 +74,8 @@ def measure(
     try:
         states = head.embed(head.exact(checkpoint, head.TABLE), tokens)
         between = gradients.forwards(model, states, folder, progress)
+        if not np.isfinite(states).all():
+            raise CorruptInput("the checkpoint's own states are not finite", run="download the checkpoint again")
         slopes = head.slopes(model, states, _SEED)
         for layer in gradients.backwards(model, slopes, between, progress, watch=APART):
             for first in filter(layer.read.__contains__, together):
@@ -116,21 +118,27 @@ def left_over(model: Layered, read: Any) -> float:
     """Share of rounding's loss that error feedback leaves, as GPTQ's, of a matrix that reads a tensor [tokens, inputs].
 
     Feedback leaves of each input's error what the inputs after it cannot make up for: the sum of the pivots of
-    the second moments' LDL^T, where without it is that of their diagonal (QuIP, https://arxiv.org/abs/2307.13304,
-    theorem 1). Here among 2048 inputs at a time, as many as the tokens can tell apart, a tenth of the mean added.
+    the second moments, factored from the last input to the first, where without it is that of their diagonal (QuIP,
+    https://arxiv.org/abs/2307.13304, theorem 1). Here among half as many inputs at a time as there are tokens; a pivot
+    that n inputs explain over N tokens is N / (N - n) of what is found. A tenth of the mean is added to the diagonal:
+    those few tokens want more than GPTQ's hundredth.
     """
     import torch
 
+    tokens, inputs = read.shape
+    together = max(1, tokens // _FEWEST)
+
     def sums(start: int) -> tuple[float, float]:
-        part = read[:, start : start + _TOGETHER]
-        second = part.T @ part / len(part)
+        part = read[:, start : start + together].flip(1)
+        second = part.T @ part / tokens
         second.diagonal().add_(_DAMPING * second.diagonal().mean() + _SMALLEST)
         pivots = torch.linalg.cholesky_ex(second).L.diagonal().square()
+        pivots *= tokens / (tokens - torch.arange(len(pivots)))
         return float(pivots.sum()), float(second.diagonal().sum())
 
-    left, whole = zip(*model.parallel(sums, range(0, read.shape[1], _TOGETHER)), strict=True)
+    left, whole = zip(*model.parallel(sums, range(0, inputs, together)), strict=True)
     share: float = sum(left) / sum(whole)
-    return share
+    return min(share, 1.0)
 
 
 def _loss(model: Layered, name: str, layout: Layout, read: Any, written: Any) -> float:
@@ -201,7 +209,7 @@ def _output_activations_loss(model: Layered, name: str, group: int, final: NDArr
 
 def _pieces(states: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
     """States of some tokens at a time."""
-    return (states[start : start + _LOGITS] for start in range(0, len(states), _LOGITS))
+    return (states[start : start + _AT_ONCE] for start in range(0, len(states), _AT_ONCE))
 
 
 def _divergence(changes: NDArray[Any]) -> float:
@@ -223,6 +231,7 @@ def _spread(pieces: Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]) -
             chances /= chances.sum(axis=1, keepdims=True)
             mean = (chances * changes[here]).sum(axis=1, dtype=np.float64)
             found.append((chances * np.square(changes[here])).sum(axis=1, dtype=np.float64) - np.square(mean))
+        del scores, changes
     return float(np.concatenate(found).mean()) / 2
 
 
