@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
     sizes = sensitivity.sizes(checkpoint.model, layouts, scale_bits)
     unmeasured = {first: [Option(*each, 0.0) for each in found.items()] for first, found in sizes.items()}
     settle(work, Sensitivities(unmeasured, units, other))
-    with tempfile.TemporaryDirectory(dir=next(filter(Path.is_dir, work.out.parents))) as folder:
+    near = next(filter(Path.is_dir, work.out.parents))
+    with tempfile.TemporaryDirectory(dir=near if os.access(near, os.W_OK) else None) as folder:
         found = sensitivity.measure(
             checkpoint,
             layouts,
