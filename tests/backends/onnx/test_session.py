@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import platform
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ from edgeq.backends.base import Session
 from edgeq.backends.onnx import session as onnx_session
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import BackendFault, UsageFault
-from edgeq.machine import this_machine
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("2.5", {}),
@@ -136,10 +134,7 @@ def test_tokens_that_were_taken_back_leave_nothing_behind(
     np.testing.assert_array_equal(led.straight(session, IDS[:prompt], IDS[40:80]), wanted)
 
 
-@pytest.mark.skipif(
-    platform.machine() == "x86_64" and "avx512_vnni" not in this_machine().isa,
-    reason="without AVX-512 VNNI ONNX Runtime adds one row in another order than several",
-)
+@led.rows_add_alike
 @pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
 def test_with_codes_in_matrices_and_cache_drafts_change_no_bit(built: Build, generation: str) -> None:
     session = load(built(generation, "w4g32-e8-rtn-kv8"))
