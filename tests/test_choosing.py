@@ -6,7 +6,9 @@ import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -19,7 +21,9 @@ from edgeq.checkpoint import Checkpoint
 from edgeq.choosing import Sensitivities
 from edgeq.errors import NothingFits, UsageFault
 from edgeq.planning import Plan
+from edgeq.quantize import mix
 from edgeq.quantize.mix import Option
+from edgeq.walk import sensitivity
 
 COARSE, FINE = recipe.plain(4, 32), recipe.plain(8, 32)
 TEXT = data.held_out()[::-1]
@@ -231,6 +235,30 @@ def test_a_size_that_no_mix_has_is_refused_before_anything_is_measured(
     monkeypatch.setattr("edgeq.walk.sensitivity.measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(NothingFits, match="no mix of onnx fits"):
         choosing.preview(work, quiet)
+
+
+def test_a_mix_is_measured_on_the_text_and_on_random_tokens(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    work = plan(tiny("3"), recipe_name="mix7.5-rtn", calibration_text=str(tmp_path / "text.txt"), out=tmp_path / "out")
+    checkpoint = Checkpoint.open(tiny("3"))
+    text = calibration.read(checkpoint, str(tmp_path / "text.txt"), False, 128, quiet)
+    seen: list[tuple[np.ndarray, dict[str, list[Option]]]] = []
+    find = sensitivity.measure
+
+    def note(*given: Any, **named: Any) -> dict[str, list[Option]]:
+        found = find(*given, **named)
+        seen.append((given[4], found))
+        return found
+
+    monkeypatch.setattr(sensitivity, "measure", note)
+    found = choosing.measure(work, checkpoint, text, quiet)
+    (read, of_text), (drawn, of_drawn) = seen
+    assert (read == text.windows).all()
+    assert drawn.shape == read.shape
+    assert len(np.unique(drawn)) > 0.9 * checkpoint.model.vocab
+    assert found.options == mix.hedged(of_text, of_drawn) != of_text
 
 
 @pytest.mark.parametrize(("name", "count"), [("mix7.5-guided", 2), ("mix7.5-tuned", 5)])

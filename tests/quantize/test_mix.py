@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -73,3 +74,20 @@ def test_an_option_that_is_larger_and_no_better_is_never_taken() -> None:
     units = {"a": [Option(LAYOUTS[0], 10, 5.0), Option(LAYOUTS[1], 20, 6.0), Option(LAYOUTS[2], 30, 1.0)]}
     assert mix.choose(units, 25, 0.0).options["a"].bytes == 10
     assert mix.choose(units, 30, 0.0).options["a"].bytes == 30
+
+
+@given(UNITS, st.floats(0.01, 100))
+def test_a_text_that_costs_more_in_all_changes_no_mean(found: dict[str, list[tuple[int, int]]], more: float) -> None:
+    units = {name: options(pairs) for name, pairs in found.items()}
+    dearer = {name: [replace(each, loss=more * each.loss) for each in given] for name, given in units.items()}
+    hedged = mix.hedged(units, dearer)
+    for name, before in units.items():
+        assert [each.loss for each in hedged[name]] == pytest.approx([each.loss for each in before])
+
+
+def test_a_mean_of_two_texts_has_half_of_what_each_says() -> None:
+    one = {name: [Option(LAYOUTS[0], 10, 2.0, 0.5)] for name in "abc"}
+    other = {"a": [Option(LAYOUTS[0], 10, 30.0, 20.0)]} | {name: [Option(LAYOUTS[0], 10, 20.0, 5.0)] for name in "bc"}
+    hedged = mix.hedged(one, other)
+    assert hedged["a"] == [Option(LAYOUTS[0], 10, 2.5, 1.25)]
+    assert hedged["b"] == hedged["c"] == [Option(LAYOUTS[0], 10, 2.0, 0.5)]

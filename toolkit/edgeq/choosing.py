@@ -69,7 +69,7 @@ def preview(work: Plan, progress: Progress) -> tuple[Plan, Prediction | None]:
 
 
 def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Progress) -> Sensitivities:
-    """Sensitivities over some windows of the calibration text.
+    """Sensitivities over some windows of the calibration text and as many of random tokens.
 
     Raises CorruptInput when they are not finite, and before they are measured NothingFits when no mix has the size.
     """
@@ -87,17 +87,22 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
     unmeasured = {first: [Option(*each, 0.0) for each in found.items()] for first, found in sizes.items()}
     settle(work, Sensitivities(unmeasured, units, other))
     near = next(filter(Path.is_dir, work.out.parents))
+    windows = fitted(text.windows)
     with tempfile.TemporaryDirectory(dir=near if os.access(near, os.W_OK) else None) as folder:
-        found = sensitivity.measure(
-            checkpoint,
-            layouts,
-            _activation_groups(work, words),
-            scale_bits,
-            fitted(text.windows),
-            Path(folder),
-            progress,
-            feedback=work.recipe.calibrated,
+        read, drawn = (
+            sensitivity.measure(
+                checkpoint,
+                layouts,
+                _activation_groups(work, words),
+                scale_bits,
+                tokens,
+                Path(folder),
+                progress,
+                feedback=work.recipe.calibrated,
+            )
+            for tokens in (windows, sensitivity.drawn(checkpoint.model, windows.shape))
         )
+    found = mix.hedged(read, drawn)
     if not all(math.isfinite(option.cost) for options in found.values() for option in options):
         raise CorruptInput("the checkpoint's own float32 logits are not finite", run="download the checkpoint again")
     for first, options in found.items():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from edgeq.recipe import Layout
@@ -68,6 +69,28 @@ def choose(units: Mapping[str, Sequence[Option]], max_bytes: float, max_loss: fl
         chosen[name] = after
         total, cost = total + after.bytes - before.bytes, cost + after.cost - before.cost
     return Choice(chosen, total, cost)
+
+
+def hedged(units: Mapping[str, Sequence[Option]], others: Mapping[str, Sequence[Option]]) -> dict[str, list[Option]]:
+    """Options that cost the mean of what they do on one text and on another, for those who will read a third.
+
+    What a text costs in all differs more than how that divides: the other's costs are multiplied so that the median of
+    the losses is the same.
+    """
+    pairs = {name: list(zip(options, others[name], strict=True)) for name, options in units.items()}
+    ratios = [one.loss / other.loss for options in pairs.values() for one, other in options if other.loss]
+    scale = statistics.median(ratios) if ratios else 0.0
+
+    def mean(one: float, other: float) -> float:
+        return (one + scale * other) / 2
+
+    return {
+        name: [
+            replace(one, loss=mean(one.loss, other.loss), activations=mean(one.activations, other.activations))
+            for one, other in options
+        ]
+        for name, options in pairs.items()
+    }
 
 
 def _hull(options: Sequence[Option]) -> list[Option]:
