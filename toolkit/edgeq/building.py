@@ -29,7 +29,7 @@ from edgeq.version import VERSION
 from edgeq.walk import footprint, ranges, windows
 from edgeq.walk import run as walk
 from edgeq.walk.run import Walked
-from edgeq.walk.windows import Held, fitted
+from edgeq.walk.windows import WITH_DRAWN, Held, fitted, with_drawn
 
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _TEMPLATE = "chat_template.jinja"
@@ -91,7 +91,7 @@ def build(work: Plan, progress: Progress) -> Built:
     if template is not None:
         chat.render(template, chat.SAMPLE)
     held = windows.quick(checkpoint, data.held_out(), work.context - accuracy.CONTINUATION)
-    footprint.require(checkpoint.model, held, work.recipe, calibration.WINDOWS * calibration.LENGTH)
+    footprint.require(checkpoint.model, held, work.recipe, WITH_DRAWN * calibration.LENGTH)
     with store.staging(work.out, work.bytes) as folder, ExitStack() as stack:
         checkpoint.scan(lambda done, total: step("scan", done, total))
         source, text, cache = origin.source(checkpoint), None, None
@@ -145,9 +145,8 @@ def _walk(
             work, choice = choosing.settle(work, found, scale)
         if text is not None and work.recipe.calibrated:
             resumed = stack.enter_context(store.resumable(parent, _walk_key(work, source, text, held)))
-            needed = work.bytes + footprint.disk(
-                checkpoint.model, work.recipe, int(fitted(text.windows).size), int(text.windows.size)
-            )
+            tokens = int(with_drawn(fitted(text.windows), checkpoint.model.vocab).size)
+            needed = work.bytes + footprint.disk(checkpoint.model, work.recipe, tokens, int(text.windows.size))
             store.require_room(resumed, needed - sum(path.stat().st_size for path in resumed.rglob("*")))
         walked = walk.quantize(checkpoint, work.recipe, held, windows, resumed, progress)
         if not left or choice is None or not work.loss_is_budget or not math.isfinite(walked.weights_only):

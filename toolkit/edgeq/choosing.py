@@ -23,7 +23,7 @@ from edgeq.quantize.mix import Choice, Option
 from edgeq.recipe import Layout
 from edgeq.target import HOST
 from edgeq.walk import sensitivity
-from edgeq.walk.windows import fitted
+from edgeq.walk.windows import drawn, fitted
 
 # Loss of a whole model against what error feedback leaves of each matrix. Guided q4_k and q5_k lost 0.35 on demo-qwen3
 # and 0.10 on demo-qwen2.5, where few matrices cost most; it is more, since other texts lose more. The others relative
@@ -89,7 +89,7 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
     near = next(filter(Path.is_dir, work.out.parents))
     windows = fitted(text.windows)
     with tempfile.TemporaryDirectory(dir=near if os.access(near, os.W_OK) else None) as folder:
-        read, drawn = (
+        read, unread = (
             sensitivity.measure(
                 checkpoint,
                 layouts,
@@ -100,9 +100,9 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
                 progress,
                 feedback=work.recipe.calibrated,
             )
-            for tokens in (windows, sensitivity.drawn(checkpoint.model, windows.shape))
+            for tokens in (windows, drawn(len(windows), windows.shape[1], checkpoint.model.vocab))
         )
-    found = mix.hedged(read, drawn)
+    found = mix.hedged(read, unread)
     if not all(math.isfinite(option.cost) for options in found.values() for option in options):
         raise CorruptInput("the checkpoint's own float32 logits are not finite", run="download the checkpoint again")
     for first, options in found.items():

@@ -30,7 +30,7 @@ from edgeq.walk.windows import Held
 
 LOGITS = 1 << 25
 """Logits that are held at once, of all windows together, of each model."""
-FORMAT = 2
+FORMAT = 3
 """Counts changes of what a walk finds: one that was stopped by another edgeq is not gone on with."""
 _WEIGHTS = "weights.npy"
 
@@ -78,15 +78,15 @@ def quantize(
 ) -> Walked:
     """Reference, and a solution of every matrix under a recipe with the loss of all of them.
 
-    text: token windows [count, length] of another text, for a calibrated recipe, whose `folder` keeps what is
-    done: a walk that was stopped goes on there after the last finished layer. Raises CorruptInput as `reference` does,
-    and what solving raises.
+    text: token windows [count, length] of another text, for a calibrated recipe, which is fitted to random tokens too
+    (`windows.with_drawn`), and whose `folder` keeps what is done: a walk that was stopped goes on there after the last
+    finished layer. Raises CorruptInput as `reference` does, and what solving raises.
     """
     solutions = Solutions(checkpoint, recipe, folder)
     names = [name for name in checkpoint.model.tensors() if is_quantized(name)]
     if all(stored_exactly(checkpoint, recipe, name) for name in names):
         return Walked(reference(checkpoint, held, progress), 0.0, solutions)
-    fitted = None if text is None else windows.fitted(text)
+    fitted = None if text is None else windows.with_drawn(windows.fitted(text), checkpoint.model.vocab)
     with ExitStack() as stack:
         exact, quantized = _open(stack, checkpoint), _open(stack, checkpoint)
         states = States.load(folder) if folder else None

@@ -105,11 +105,6 @@ def measure(
     }
 
 
-def drawn(model: Model, shape: tuple[int, ...]) -> NDArray[np.int32]:
-    """Random token windows, all tokens alike: a text that no checkpoint knows, whichever it was trained on."""
-    return np.random.default_rng(_SEED).integers(0, model.vocab, shape, np.int32)
-
-
 def sizes(model: Model, layouts: Mapping[str, Sequence[Layout]], scale_bits: int) -> dict[str, dict[Layout, int]]:
     """Bytes of every unit in each of the layouts that it may have."""
     shapes = model.tensors()

@@ -1,4 +1,4 @@
-"""Windows of texts: held out, on which losses are measured, and those that matrices are fitted to."""
+"""Windows of texts: held out, on which losses are measured, those that matrices are fitted to, and random tokens."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ FULL_WINDOWS = 48
 FULL_TOP_K = 4096
 FITTED = 32
 """Windows of a calibration text that matrices are fitted to."""
+_TEXT_PER_DRAWN = 8
+WITH_DRAWN = FITTED + FITTED // _TEXT_PER_DRAWN
+"""The same, with those of random tokens."""
+_SEED = 21
 
 
 @dataclass(frozen=True)
@@ -71,3 +75,17 @@ def fitted(windows: NDArray[np.int32]) -> NDArray[np.int32]:
     """Those of some windows, spread over them, that matrices are fitted to: `FITTED` at most."""
     found: NDArray[np.int32] = windows[np.linspace(0, len(windows) - 1, min(FITTED, len(windows))).astype(int)]
     return found
+
+
+def drawn(count: int, length: int, vocab: int) -> NDArray[np.int32]:
+    """Windows [count, length] of random tokens, all alike: a text of no kind that a checkpoint was trained on."""
+    return np.random.default_rng(_SEED).integers(0, vocab, (count, length), np.int32)
+
+
+def with_drawn(windows: NDArray[np.int32], vocab: int) -> NDArray[np.int32]:
+    """Windows of a text and, for every eight of them, one of random tokens.
+
+    What is fitted to one kind of text alone loses more on others.
+    """
+    count, length = windows.shape
+    return np.concatenate([windows, drawn(count // _TEXT_PER_DRAWN, length, vocab)])
