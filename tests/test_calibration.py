@@ -150,7 +150,7 @@ def test_a_manifest_records_the_text_and_nothing_else_is_left(tiny: Build, tmp_p
     assert hidden(tmp_path) == []
 
 
-@pytest.mark.parametrize(("name", "count", "fitted"), [("w4g32-e8-guided", 2, 2), ("w4g32-e8-tuned", 5, 2)])
+@pytest.mark.parametrize(("name", "count", "fitted"), [("w4g32-e8-guided", 2, 3), ("w4g32-e8-tuned", 5, 3)])
 def test_scales_are_tuned_over_more_windows_than_matrices_are_fitted_to(
     tiny: Build, tmp_path: Path, text: Path, name: str, count: int, fitted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -160,9 +160,10 @@ def test_scales_are_tuned_over_more_windows_than_matrices_are_fitted_to(
     seen: list[NDArray[np.int32]] = []
     find = gradients.token_weights
 
-    def note(model: Layered, tokens: NDArray[np.int32], folder: Path, progress: Progress) -> object:
+    def note(model: Layered, tokens: NDArray[np.int32], text: int, folder: Path, progress: Progress) -> object:
+        assert text == len(tokens) - 1
         seen.append(tokens)
-        return find(model, tokens, folder, progress)
+        return find(model, tokens, text, folder, progress)
 
     monkeypatch.setattr(gradients, "token_weights", note)
     checkpoint = tiny("3")

@@ -15,8 +15,10 @@ from edgeq.walk import run, windows
 VOCAB = 1000
 
 
-@pytest.mark.parametrize(("count", "more"), [(7, 0), (8, 1), (windows.FITTED, windows.WITH_DRAWN - windows.FITTED)])
-def test_for_every_eight_windows_of_a_text_there_is_one_of_random_tokens(count: int, more: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "more"), [(1, 1), (8, 1), (9, 2), (windows.FITTED, windows.WITH_DRAWN - windows.FITTED)]
+)
+def test_for_every_eight_windows_of_a_text_or_fewer_there_is_one_of_random_tokens(count: int, more: int) -> None:
     text = np.zeros((count, 512), np.int32)
     found = windows.with_drawn(text, VOCAB)
     assert found.dtype == np.int32

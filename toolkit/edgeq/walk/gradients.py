@@ -41,18 +41,21 @@ class Backward:
 
 
 def token_weights(
-    model: Layered, tokens: NDArray[np.int32], folder: Path, progress: Progress
+    model: Layered, tokens: NDArray[np.int32], text: int, folder: Path, progress: Progress
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Weights of each token for each layer, [layers, windows, length], with mean 1 in each; states after the last one.
+    """Weights of each token for each layer, [layers, windows, length], and states after the last one.
 
-    Walks forwards and backwards; the states between layers are kept in a file of `folder`, 2 bytes a value.
+    Their mean is 1 in each layer over the first `text` windows, and over the others: gradients at random tokens are up
+    to ten times as large. Walks forwards and backwards; the states between layers are kept in a file of `folder`, 2
+    bytes a value.
     """
     weights = np.empty((model.count, *tokens.shape), np.float32)
     states = head.embed(head.exact(model.checkpoint, head.TABLE), tokens)
     between = forwards(model, states, folder, progress)
     for layer in backwards(model, head.slopes(model, states, _SEED), between, progress):
         weights[layer.index] = np.linalg.norm(layer.after, axis=2)
-    weights /= weights.mean(axis=(1, 2), keepdims=True)
+    for kind in filter(np.size, np.split(weights, [text], axis=1)):
+        kind /= kind.mean(axis=(1, 2), keepdims=True)
     return weights, states
 
 

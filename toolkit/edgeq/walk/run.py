@@ -86,15 +86,17 @@ def quantize(
     names = [name for name in checkpoint.model.tensors() if is_quantized(name)]
     if all(stored_exactly(checkpoint, recipe, name) for name in names):
         return Walked(reference(checkpoint, held, progress), 0.0, solutions)
-    fitted = None if text is None else windows.with_drawn(windows.fitted(text), checkpoint.model.vocab)
+    read = None if text is None else windows.fitted(text)
+    fitted = None if read is None else windows.with_drawn(read, checkpoint.model.vocab)
     with ExitStack() as stack:
         exact, quantized = _open(stack, checkpoint), _open(stack, checkpoint)
         states = States.load(folder) if folder else None
         weights = None
         if recipe.guided:
+            assert read is not None
             assert fitted is not None
             assert folder is not None
-            weights = _token_weights(exact, recipe, solutions, fitted, folder, progress)
+            weights = _token_weights(exact, recipe, solutions, fitted, len(read), folder, progress)
         states = states or _begin(checkpoint, recipe, solutions, held, fitted)
         while states.layer < exact.count:
             progress("layers", states.layer, exact.count)
@@ -135,13 +137,17 @@ def _token_weights(
     recipe: Recipe,
     solutions: Solutions,
     fitted: NDArray[np.int32],
+    text: int,
     folder: Path,
     progress: Progress,
 ) -> NDArray[np.float32]:
-    """Weights of calibration tokens; on the way the output layer is solved, for the float model's last states."""
+    """Weights of calibration tokens, whose first `text` windows are of a text.
+
+    On the way the output layer is solved, for the float model's last states.
+    """
     kept = folder / _WEIGHTS
     if not kept.is_file():
-        found, states = gradients.token_weights(model, fitted, folder, progress)
+        found, states = gradients.token_weights(model, fitted, text, folder, progress)
         layers.solve_output(model, recipe, solutions, states)
         partial = kept.with_suffix(".partial")
         with partial.open("wb") as stream:

@@ -20,7 +20,7 @@ FULL_TOP_K = 4096
 FITTED = 32
 """Windows of a calibration text that matrices are fitted to."""
 _TEXT_PER_DRAWN = 8
-WITH_DRAWN = FITTED + FITTED // _TEXT_PER_DRAWN
+WITH_DRAWN = FITTED + -(-FITTED // _TEXT_PER_DRAWN)
 """The same, with those of random tokens."""
 _SEED = 21
 
@@ -83,9 +83,9 @@ def drawn(count: int, length: int, vocab: int) -> NDArray[np.int32]:
 
 
 def with_drawn(windows: NDArray[np.int32], vocab: int) -> NDArray[np.int32]:
-    """Windows of a text and, for every eight of them, one of random tokens.
+    """Windows of a text and, for every eight of them or fewer, one of random tokens.
 
     What is fitted to one kind of text alone loses more on others.
     """
     count, length = windows.shape
-    return np.concatenate([windows, drawn(count // _TEXT_PER_DRAWN, length, vocab)])
+    return np.concatenate([windows, drawn(-(-count // _TEXT_PER_DRAWN), length, vocab)])
