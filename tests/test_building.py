@@ -9,7 +9,8 @@ import pytest
 
 import checkpoints
 from checkpoints import Build, quiet
-from edgeq import building, bundle, planning
+from edgeq import building, bundle, choosing, planning
+from edgeq.checkpoint import Checkpoint
 from edgeq.errors import (
     CorruptInput,
     GateFailed,
@@ -145,8 +146,10 @@ def test_the_largest_size_chooses_the_best_recipe_that_fits(tiny: Build, tmp_pat
     assert smallest.bytes < best.bytes
     work = plan(tiny("3"), tmp_path / "out", recipe_name="auto", max_size=best.bytes - 1)
     assert str(work.recipe) == "w4g32-e4-rtn-kv16"
-    with pytest.raises(NothingFits, match="no recipe fits"):
+    with pytest.raises(NothingFits, match="no recipe of the target fits"):
         plan(tiny("3"), tmp_path / "out", recipe_name="auto", max_size=100)
+    with pytest.raises(NothingFits, match=r"w8g32-e8-rtn does not fit 0\.0 MB"):
+        plan(tiny("3"), tmp_path / "out", recipe_name="w8g32-e8-rtn", max_size=100)
 
 
 def test_more_context_than_the_checkpoint_has_is_refused_with_its_number(tiny: Build, tmp_path: Path) -> None:
@@ -178,11 +181,29 @@ def test_a_gpu_target_says_so_when_the_cpu_backend_was_asked_for_too(tiny: Build
     assert any("uses no GPU there" in note for note in work.notes)
 
 
-def test_a_bundle_larger_than_the_largest_size_is_not_kept(tiny: Build, tmp_path: Path) -> None:
+def test_a_bundle_larger_than_the_largest_size_is_not_kept(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeq.choosing.bundle_bytes", lambda *_: 0)
     work = plan(tiny("3"), tmp_path / "place" / "out", backend="onnx", max_size=120_000)
     with pytest.raises(NothingFits, match=r"the bundle has .* MB, --max-size is 0\.1 MB"):
         building.build(work, quiet)
     assert not (tmp_path / "place").exists()
+
+
+@pytest.mark.parametrize("backend", ["onnx", "llamacpp"])
+def test_a_bundle_that_will_be_too_large_is_refused_before_its_weights_are_read(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    work = plan(tiny("3"), tmp_path / "made", backend=backend)
+    predicted = choosing.bundle_bytes(work, Checkpoint.open(tiny("3")))
+    made = building.build(work, quiet)
+    assert made.bytes <= predicted <= 1.15 * made.bytes
+    work = plan(tiny("3"), tmp_path / "out", backend=backend, max_size=int(predicted / 1.03))
+    monkeypatch.setattr(Checkpoint, "scan", lambda *_: pytest.fail("read"))
+    with pytest.raises(NothingFits, match=r"the bundle would have about .* MB, --max-size is"):
+        building.build(work, quiet)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_group_that_does_not_divide_a_matrix_leaves_nothing(tiny: Build, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import math
@@ -165,6 +166,32 @@ def test_a_budget_that_nothing_keeps_is_refused_with_one_that_works(tiny: Build)
     tight = plan(tiny("3"), max_loss=1e-9)
     with pytest.raises(NothingFits, match="no mix is predicted to lose at most 1e-09"):
         choosing.settle(tight, sensitivities(tight))
+
+
+def test_a_prediction_that_is_not_far_above_the_loss_is_left_for_a_walk_to_confirm(tiny: Build) -> None:
+    found = sensitivities(plan(tiny("3"), max_loss=0.01))
+    least = sum(options[-1].cost for options in found.options.values())
+    for share, scale, refused in [(2.5, None, False), (3.5, None, True), (1.5, 1.0, True)]:
+        work = plan(tiny("3"), max_loss=least / share)
+        with pytest.raises(NothingFits) if refused else contextlib.nullcontext():
+            settled, _ = choosing.settle(work, found, scale)
+            assert {layout for _, layout in settled.recipe.chosen} == {FINE}
+
+
+def test_a_loss_that_nothing_keeps_is_not_told_of_a_size_that_nobody_asked_for(tiny: Build) -> None:
+    for size_asked, told in [(None, "--recipe w16"), (10**6, "a larger --max-size")]:
+        tight = plan(tiny("3"), max_loss=1e-9, max_size=size_asked)
+        with pytest.raises(NothingFits) as caught:
+            choosing.settle(tight, sensitivities(tight))
+        assert caught.value.run.endswith(told)
+
+
+def test_states_lie_where_they_can(tmp_path: Path) -> None:
+    with choosing._scratch(tmp_path) as folder:
+        assert Path(folder).parent == tmp_path
+        assert Path(folder).name.startswith(".edgeq.")
+    with choosing._scratch(tmp_path / "absent") as folder:
+        assert Path(folder).is_dir()
 
 
 @pytest.mark.slow

@@ -363,3 +363,18 @@ def test_a_walk_that_goes_on_has_no_file_that_was_being_written(tmp_path: Path) 
         (folder / name).touch()
     with store.resumable(tmp_path, "key") as again:
         assert [path.name for path in again.rglob("*") if path.is_file()] == ["done.npz"]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"), [(True, "stopped; the same command goes on from what is done"), (False, "stopped")]
+)
+def test_who_stops_a_walk_is_told_that_it_goes_on(tmp_path: Path, found: bool, said: str) -> None:
+    def stopped() -> None:
+        with store.resumable(tmp_path, "key") as folder:
+            if found:
+                (folder / "done").touch()
+            raise errors.Interrupted("stopped")
+
+    with pytest.raises(errors.Interrupted) as caught:
+        stopped()
+    assert str(caught.value) == said

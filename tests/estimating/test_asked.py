@@ -191,6 +191,12 @@ def test_an_unknown_quantization_is_told_the_published_ones() -> None:
         asked.ask("qwen3-0.6b", target="jetson", recipe_name="Q4_K_X")
 
 
+def test_a_mix_without_bits_is_refused_with_one_that_has() -> None:
+    with pytest.raises(UsageFault, match="mix-guided has no size") as caught:
+        asked.ask("qwen3-0.6b", target="jetson", recipe_name="mix-guided")
+    assert caught.value.run.endswith("mix4.5-guided")
+
+
 def test_an_anchor_that_is_no_profile_has_a_remedy(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(CorruptInput) as caught:

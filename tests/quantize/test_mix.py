@@ -57,6 +57,11 @@ def test_a_loss_that_can_be_kept_is_kept_in_no_more_bytes_than_it_needs(
     choice = mix.choose(units, math.inf, limit)
     least = sum(min(each.cost for each in given) for given in units.values())
     assert choice.cost <= max(limit, least)
+    assert choice.bytes == sum(each.bytes for each in choice.options.values())
+    assert choice.cost == pytest.approx(sum(each.cost for each in choice.options.values()))
+    for name, option in choice.options.items():
+        smaller = [each for each in mix._hull(units[name]) if each.bytes < option.bytes]
+        assert all(choice.cost - option.cost + each.cost > limit for each in smaller)
 
 
 def test_bytes_go_where_they_save_most() -> None:
@@ -74,6 +79,12 @@ def test_an_option_that_is_larger_and_no_better_is_never_taken() -> None:
     units = {"a": [Option(LAYOUTS[0], 10, 5.0), Option(LAYOUTS[1], 20, 6.0), Option(LAYOUTS[2], 30, 1.0)]}
     assert mix.choose(units, 25, 0.0).options["a"].bytes == 10
     assert mix.choose(units, 30, 0.0).options["a"].bytes == 30
+
+
+def test_steps_that_a_last_large_one_made_needless_are_taken_back() -> None:
+    units = {"a": options([(10, 8), (11, 0)]), "b": options([(10, 60), (40, 0)])}
+    choice = mix.choose(units, math.inf, 20.0)
+    assert (choice.bytes, choice.cost) == (50, 8.0)
 
 
 @given(UNITS, st.floats(0.01, 100))

@@ -34,6 +34,7 @@ from edgeq.walk.windows import WITH_DRAWN, Held, fitted, with_drawn
 _COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 _TEMPLATE = "chat_template.jinja"
 _CHOICES = 3
+_PREDICTED = 1.02  # bytes of a whole bundle, of what it gets: up to 1.01 on the demos
 _ROOM = 0.95  # of a loss that is a budget: predictions of what the engine's arithmetic costs are not exact
 _MORE_BITS = "choose a recipe with more bits (edgeq models show MODEL), or allow the loss with --max-loss"
 _BROKEN = "report it with the output of edgeq doctor; another recipe may work"
@@ -93,6 +94,8 @@ def build(work: Plan, progress: Progress) -> Built:
     held = windows.quick(checkpoint, data.held_out(), work.context - accuracy.CONTINUATION)
     footprint.require(checkpoint.model, held, work.recipe, WITH_DRAWN * calibration.LENGTH)
     with store.staging(work.out, work.bytes) as folder, ExitStack() as stack:
+        if not work.recipe.mixed:
+            _check_size(work, int(choosing.bundle_bytes(work, checkpoint) / _PREDICTED), "would have about")
         checkpoint.scan(lambda done, total: step("scan", done, total))
         source, text, cache = origin.source(checkpoint), None, None
         if work.calibration is not None:
@@ -112,7 +115,7 @@ def build(work: Plan, progress: Progress) -> Built:
         if text is not None:
             recorded = bundle.Calibration(text.source, text.sha256, int(text.windows.size))
             draft = msgspec.structs.replace(draft, calibration=recorded)
-        _check_size(work, draft)
+        _check_size(work, draft.bytes, "has")
         result, record = _gate(engine, folder, draft, checkpoint, walked, work.max_loss, step)
         lossy = result.kl_mean is not None and result.kl_mean > work.max_loss
         what = f"{work.name} {work.recipe} on {work.backend}, no bundle was kept"
@@ -139,7 +142,7 @@ def _walk(
     """
     windows = None if text is None else text.windows
     found = choosing.measure(work, checkpoint, text, progress) if text is not None and work.recipe.mixed else None
-    scale, resumed, choice = 1.0, None, None
+    scale, resumed, choice = None, None, None
     for left in reversed(range(_CHOICES)):
         if found is not None:
             work, choice = choosing.settle(work, found, scale)
@@ -153,7 +156,7 @@ def _walk(
             break
         if walked.weights_only + choice.cost - choice.loss <= _ROOM * work.max_loss:
             break
-        scale *= walked.weights_only / choice.loss
+        scale = (scale or 1.0) * walked.weights_only / choice.loss
     return work, walked
 
 
@@ -192,12 +195,12 @@ def _walk_key(work: Plan, source: Source, text: Calibration, held: Held) -> str:
     return hashlib.sha256("\n".join((*parts, *(file.sha256 for file in source.files))).encode()).hexdigest()[:16]
 
 
-def _check_size(work: Plan, made: Bundle) -> None:
-    if work.max_size is not None and made.bytes > work.max_size:
+def _check_size(work: Plan, found: int, verb: str) -> None:
+    if work.max_size is not None and found > work.max_size:
         raise NothingFits(
-            f"the bundle has {made.bytes / 1e6:.1f} MB, --max-size is {work.max_size / 1e6:.1f} MB",
+            f"the bundle {verb} {found / 1e6:.1f} MB, --max-size is {work.max_size / 1e6:.1f} MB",
             why=f"Weights were predicted at {work.bytes / 1e6:.1f} MB; tokenizer, caches and graph come on top.",
-            run=f"edgeq build ... --max-size {made.bytes / 1e6 + 1:.0f}MB, or a recipe with fewer bits",
+            run=f"edgeq build ... --max-size {found / 1e6 + 1:.0f}MB, or a recipe with fewer bits",
         )
 
 

@@ -75,7 +75,10 @@ def _text(path: Path) -> str:
     """Text of a file, or of all text files of a folder in the order of their names."""
     files = sorted(each for each in path.rglob("*") if each.suffix in _SUFFIXES) if path.is_dir() else [path]
     if not files:
-        raise UsageFault(f"--calibration {path}: no {' or '.join(_SUFFIXES)} file is in this folder")
+        raise UsageFault(
+            f"--calibration {path}: no {' or '.join(_SUFFIXES)} file is in this folder",
+            run="edgeq build ... --calibration FILE",
+        )
     found = []
     for file in files:
         try:
@@ -85,7 +88,9 @@ def _text(path: Path) -> str:
                 f"--calibration {file}: {error.strerror}", run="edgeq build ... --calibration FILE"
             ) from error
         except UnicodeDecodeError as error:
-            raise CorruptInput(f"{file}: not UTF-8 text", why=str(error)) from error
+            raise CorruptInput(
+                f"{file}: not UTF-8 text", why=str(error), run="edgeq build ... --calibration with a text file"
+            ) from error
     return "\n\n".join(found)
 
 

@@ -172,8 +172,10 @@ def _recipe(shape: Model, target: Target, backend: str, name: str, max_size: int
     if not fitting:
         smallest = min(sizes, key=lambda each: sizes[each])
         raise NothingFits(
-            f"no recipe fits {max_size / 1e6:.1f} MB",
-            why=f"The smallest, {smallest}, needs {sizes[smallest] / 1e6:.1f} MB.",
+            f"no recipe of the target fits {max_size / 1e6:.1f} MB"
+            if name == "auto"
+            else f"{name} does not fit {max_size / 1e6:.1f} MB",
+            why=f"The weights need {sizes[smallest] / 1e6:.1f} MB{f' in the smallest, {smallest}' * (name == 'auto')}.",
             run=f"edgeq build ... --max-size {sizes[smallest] / 1e6 + 1:.0f}MB",
         )
     return fitting[0]

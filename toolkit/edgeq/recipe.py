@@ -209,7 +209,8 @@ def parse(name: str) -> Recipe:
         return Recipe(FLOATS[match["float"]], FLOATS[match["float"]], "none", kv_bits)
     method = match["mix"] or match["method"]
     if method not in METHODS:
-        raise UsageFault(f"{name!r}: unknown method {method!r}", why=data.near(method, METHODS))
+        near = data.near(method, METHODS)
+        raise UsageFault(f"{name!r}: unknown method {method!r}", why=near, run="edgeq models show qwen3-0.6b")
     if match["mix"]:
         bits = float(match["mixed_bits"]) if match["mixed_bits"] else None
         return Recipe(plain(4, 32), plain(8, 32), method, kv_bits, mixed=True, mixed_bits=bits)

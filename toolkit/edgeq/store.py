@@ -73,9 +73,11 @@ def resumable(parent: Path, key: str) -> Iterator[Path]:
         for partial in folder.rglob("*.partial"):
             partial.unlink()
         yield folder
-    except (Interrupted, OutOfMemory, DiskFault, BackendFault, MissingTool, OSError, MemoryError):
+    except (Interrupted, OutOfMemory, DiskFault, BackendFault, MissingTool, OSError, MemoryError) as stop:
         with contextlib.suppress(OSError):
             folder.rmdir()  # which leaves anything that was found
+        if isinstance(stop, Interrupted) and folder.is_dir():
+            raise Interrupted(f"{stop}; the same command goes on from what is done") from stop
         raise
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)

@@ -167,13 +167,18 @@ def _parse(name: str) -> Recipe:
         if not _RECIPE.match(name):
             nearest = data.suggested(name, formats.NAMES)
             why = f"{why} Published quantizations: {', '.join(formats.NAMES)}. {nearest}".rstrip()
-        raise UsageFault(fault.what, why=why, run=fault.run or "edgeq models show qwen3-0.6b") from fault
+        raise UsageFault(fault.what, why=why, run=fault.run) from fault
 
 
 def _recipe(shape: Model, target: Target, runtime: str, name: str) -> Recipe:
     """Recipe by name, or the target's first that the backend holds: `onnx` keeps no cache in 16 bits."""
     if name != "auto":
         wanted = _parse(name)
+        if wanted.mixed and wanted.mixed_bits is None:
+            raise UsageFault(
+                f"{wanted} has no size before its budget is known",
+                run=f"edgeq estimate ... --recipe mix4.5-{wanted.method}",
+            )
         _check_held(shape, target, wanted, runtime)
         return wanted
     suited = [each for each in map(recipe.parse, target.recipes) if runtime != "onnx" or each.kv_bits != 16]

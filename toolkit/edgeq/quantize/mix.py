@@ -47,8 +47,9 @@ def choose(units: Mapping[str, Sequence[Option]], max_bytes: float, max_loss: fl
 
     From each unit's smallest option, steps along the lower convex hulls of cost over bytes, the steepest first
     (Kellerer, Pferschy, Pisinger 2004, Knapsack Problems, 11.2), until the cost is at most `max_loss`, or no further
-    step fits `max_bytes`. Greedy is exact but for the last step. The result is larger than `max_bytes` when the
-    smallest options are, and may lose more than `max_loss`: the caller looks.
+    step fits `max_bytes`. Where the last one saved more than was needed, steps before it are taken back, the least
+    steep first. The result is larger than `max_bytes` when the smallest options are, and may lose more than
+    `max_loss`: the caller looks.
     """
     hulls = {name: _hull(options) for name, options in units.items()}
     chosen = {name: hull[0] for name, hull in hulls.items()}
@@ -59,6 +60,7 @@ def choose(units: Mapping[str, Sequence[Option]], max_bytes: float, max_loss: fl
     )
     total, cost = sum(each.bytes for each in chosen.values()), sum(each.cost for each in chosen.values())
     closed = set[str]()
+    taken: list[tuple[str, Option, Option]] = []
     for _, name, index in steps:
         before, after = hulls[name][index], hulls[name][index + 1]
         if cost <= max_loss:
@@ -67,7 +69,12 @@ def choose(units: Mapping[str, Sequence[Option]], max_bytes: float, max_loss: fl
             closed.add(name)
             continue
         chosen[name] = after
+        taken.append((name, before, after))
         total, cost = total + after.bytes - before.bytes, cost + after.cost - before.cost
+    for name, before, after in reversed(taken):
+        if chosen[name] is after and cost + before.cost - after.cost <= max_loss:
+            chosen[name] = before
+            total, cost = total + before.bytes - after.bytes, cost + before.cost - after.cost
     return Choice(chosen, total, cost)
 
 
