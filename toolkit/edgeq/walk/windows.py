@@ -78,7 +78,7 @@ def fitted(windows: NDArray[np.int32]) -> NDArray[np.int32]:
 
 
 def drawn(count: int, length: int, vocab: int) -> NDArray[np.int32]:
-    """Windows [count, length] of random tokens, all alike: a text of no kind that a checkpoint was trained on."""
+    """Windows [count, length] of random tokens, each as likely as any other: of no kind that a checkpoint learnt."""
     return np.random.default_rng(_SEED).integers(0, vocab, (count, length), np.int32)
 
 
