@@ -45,9 +45,9 @@ def token_weights(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Weights of each token for each layer, [layers, windows, length], and states after the last one.
 
-    Their mean is 1 in each layer over the first `text` windows, and over the others: gradients at random tokens are up
-    to ten times as large. Walks forwards and backwards; the states between layers are kept in a file of `folder`, 2
-    bytes a value.
+    Their mean is 1 in each layer over the first `text` windows, and over the others: gradients at random tokens were
+    three to twelve times as large on the demos. Walks forwards and backwards; the states between layers are kept in a
+    file of `folder`, 2 bytes a value.
     """
     weights = np.empty((model.count, *tokens.shape), np.float32)
     states = head.embed(head.exact(model.checkpoint, head.TABLE), tokens)
