@@ -9,7 +9,7 @@ import pytest
 
 import edgeq
 from checkpoints import Build
-from edgeq import cli
+from edgeq import cli, recipe
 
 HEAVY = ("torch", "transformers", "onnxruntime", "onnx_ir", "numpy", "huggingface_hub", "rich", "jinja2", "tokenizers")
 
@@ -316,6 +316,24 @@ def test_piped_tables_have_no_spaces_at_the_end_and_no_wide_gaps(capsys: pytest.
 def test_predicted_sizes_of_a_model_start_with_a_tilde(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = (line for line in run(capsys, "models", "show", "qwen3-0.6b")[1].splitlines() if line.startswith("w16 "))
     assert row.count("iB") == row.count(", ~") > 0
+
+
+def test_methods_are_told_beside_the_recipes_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = run(capsys, "models", "show", "qwen3-0.6b")[1]
+    for method in recipe.METHODS:
+        assert method in printed.rpartition("methods: ")[2]
+
+
+def test_without_a_terminal_a_line_every_half_a_minute_says_how_far_it_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with cli._progress() as step:
+        for done in range(9):
+            step("layers", done, 9)
+            now += 10
+    assert capsys.readouterr() == ("", "layers 3 of 9\nlayers 6 of 9\n")
 
 
 def test_every_shipped_target_is_valid(capsys: pytest.CaptureFixture[str]) -> None:

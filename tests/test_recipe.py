@@ -91,6 +91,7 @@ def test_other_names_are_refused_with_the_grammar(name: str) -> None:
         recipe.parse(name)
     assert repr(name) in caught.value.what
     assert "w<2|4|8>g<16|32|64|128|col>" in caught.value.why
+    assert "the method is one of rtn, mse, gptq, guided, tuned." in caught.value.why
     assert caught.value.exit_code == 2
 
 

@@ -134,6 +134,14 @@ def test_a_word_like_nothing_lists_all_names() -> None:
         assert name in caught.value.why
 
 
+def test_a_bundle_is_no_checkpoint_and_is_called_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / bundle.MANIFEST).write_text("{}")
+    for ask in (sources.find, sources.shape, sources.configured):
+        with pytest.raises(UsageFault, match="is a bundle, not a checkpoint") as caught:
+            ask(str(tmp_path), offline=True)
+        assert f"edgeq profile {tmp_path}" in caught.value.run
+
+
 @pytest.mark.parametrize("name", sources.DEMOS)
 def test_the_shape_of_a_demo_is_that_of_its_folder(name: str, asked: list[Any]) -> None:
     model = Checkpoint.open(sources.find(name, offline=True).folder).model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ import typer
 
 from edgeq.errors import EdgeqError, Interrupted, InvalidMeasurement, UsageFault, from_system
 from edgeq.version import VERSION
+
+_SILENCE = 30  # seconds between lines of progress where there is no terminal
 
 app = typer.Typer(
     name="edgeq",
@@ -384,7 +387,7 @@ def _show(document: object, json: bool, table: Callable[[Any], Any]) -> None:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on stderr, one for each phase; nothing when stderr is no terminal.
+    """Progress bars on stderr, one for each phase; a line now and then when stderr is no terminal.
 
     Drawn at each step and never in between: a thread that redraws would disturb what is measured.
     """
@@ -395,8 +398,13 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
     columns = (TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, auto_refresh=False) as bars:
         tasks: dict[str, Any] = {}
+        said = time.monotonic()
 
         def step(phase: str, done: int, total: int) -> None:
+            nonlocal said
+            if not console.is_terminal and time.monotonic() - said >= _SILENCE:
+                said = time.monotonic()
+                _say(f"{phase} {done} of {total}")
             if phase not in tasks:
                 tasks[phase] = bars.add_task(phase, total=total)
             bars.update(tasks[phase], completed=done, total=total, refresh=True)

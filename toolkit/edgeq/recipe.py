@@ -201,7 +201,8 @@ def parse(name: str) -> Recipe:
             why=f"{data.near(name, SHIPPED)} A recipe is {', '.join(FLOATS)}, mix<bits>-<method>, or "
             "<body>-e<table>-<method>, then -kv16 or -kv8 if wanted; the body is w<2|4|8>g<16|32|64|128|col>, "
             "w<2|4|8>ag... with zero points, or one of "
-            f"{', '.join(GGML)}; the table is 4, 8, 16 or one of these. Three bits are q3_k.",
+            f"{', '.join(GGML)}; the table is 4, 8, 16 or one of these; the method is one of {', '.join(METHODS)}. "
+            "Three bits are q3_k.",
             run="edgeq models show qwen3-0.6b",
         )
     kv_bits = int(match["kv"] or 32)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeq import catalog, data
-from edgeq.bundle import Source
+from edgeq.bundle import MANIFEST, Source
 from edgeq.errors import UsageFault
 from edgeq.model import Model, read_config
 from edgeq.tensorfile import JSON_CAP, read_capped, strict_object
@@ -95,6 +95,12 @@ def _local(model: str) -> Origin | None:
     if model in DEMOS:
         return Origin("demo", model, data.folder("demo") / model)
     folder = _folder(model)
+    if folder is not None and (folder / MANIFEST).is_file() and not (folder / "config.json").is_file():
+        raise UsageFault(
+            f"{model} is a bundle, not a checkpoint",
+            why="It is built already.",
+            run=f"edgeq profile {model}, or the same command with the model that it was built from",
+        )
     return None if folder is None else Origin("folder", _readable(folder.name), folder)
 
 

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from edgeq.verifying import Verified
 
 PIPED_CELL = 60
+_METHODS = (
+    "methods: rtn and mse look at the weights alone; gptq, guided and tuned fit them to a text, in the same bytes: "
+    "w4g32-e8-tuned. mix<bits>-<method> gives each matrix its own layout: mix4.5-tuned."
+)
 _UNLIMITED = 1000  # columns, wider than any table's longest words
 
 
@@ -278,7 +282,7 @@ def model(document: ModelSheet) -> Group:
             size.backend: f"~{size.bits_per_weight:.2f}, ~{show_bytes(size.weights_bytes)}" for size in each.backends
         }
         sizes.add_row(each.recipe, *(held.get(name, "-") for name in engines))
-    return Group(_facts(*facts), "", sizes)
+    return Group(_facts(*facts), "", sizes, "", _METHODS)
 
 
 def recommendation(document: Recommendation) -> Group:
