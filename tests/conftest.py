@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 from functools import cache
 from pathlib import Path
 
@@ -11,9 +12,16 @@ import pytest
 
 import checkpoints
 from checkpoints import Build, quiet
-from edgeq import building, planning
+from edgeq import building, planning, sensitivities
 
 os.environ.update(HF_HUB_OFFLINE="1", ORT_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+
+
+@pytest.fixture(autouse=True)
+def kept(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place of their own for sensitivities that a test's builds keep."""
+    place = tmp_path_factory.getbasetemp() / f"sensitivities-{uuid.uuid4()}"
+    monkeypatch.setattr(sensitivities, "_path", lambda key: place / f"{key}.json")
 
 
 @pytest.fixture(scope="session")

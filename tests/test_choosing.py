@@ -17,6 +17,7 @@ from checkpoints import Build, quiet
 from edgeq import backends, building, bundle, calibration, choosing, data, planning, recipe, sheets, size, tables, units
 from edgeq import target as targets
 from edgeq.backends.base import Progress
+from edgeq.bundle import Source
 from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
 from edgeq.choosing import Sensitivities
@@ -24,7 +25,7 @@ from edgeq.errors import NothingFits, UsageFault
 from edgeq.planning import Plan
 from edgeq.quantize import mix
 from edgeq.quantize.mix import Option
-from edgeq.walk import sensitivity
+from edgeq.walk import sensitivity, windows
 
 COARSE, FINE = recipe.plain(4, 32), recipe.plain(8, 32)
 TEXT = data.held_out()[::-1]
@@ -264,27 +265,29 @@ def test_a_size_that_no_mix_has_is_refused_before_anything_is_measured(
         choosing.preview(work, quiet)
 
 
-def test_a_mix_is_measured_on_the_text_and_on_random_tokens(
+def test_a_mix_is_measured_on_windows_of_the_text_and_a_quarter_as_many_of_random_tokens(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     work = plan(tiny("3"), recipe_name="mix7.5-rtn", calibration_text=str(tmp_path / "text.txt"), out=tmp_path / "out")
     checkpoint = Checkpoint.open(tiny("3"))
     text = calibration.read(checkpoint, str(tmp_path / "text.txt"), False, 128, quiet)
-    seen: list[tuple[np.ndarray, dict[str, list[Option]]]] = []
+    monkeypatch.setattr(windows, "FITTED", 5)
+    seen: list[Any] = []
     find = sensitivity.measure
 
-    def note(*given: Any, **named: Any) -> dict[str, list[Option]]:
+    def note(*given: Any, **named: Any) -> list[dict[str, list[Option]]]:
         found = find(*given, **named)
-        seen.append((given[4], found))
+        seen.extend((given[4], found))
         return found
 
     monkeypatch.setattr(sensitivity, "measure", note)
-    found = choosing.measure(work, checkpoint, text, quiet)
-    (read, of_text), (drawn, of_drawn) = seen
-    assert (read == text.windows).all()
-    assert drawn.shape == read.shape
-    assert len(np.unique(drawn)) > 0.9 * checkpoint.model.vocab
+    found = choosing.measure(work, checkpoint, Source("folder", "tiny", None, ()), text, quiet)
+    (read, drawn), (of_text, of_drawn) = seen
+    assert len(text.windows) > 5
+    assert (read == windows.fitted(text.windows)).all()
+    assert (len(read), drawn.shape) == (5, (2, read.shape[1]))
+    assert len(np.unique(drawn)) > 0.5 * min(drawn.size, checkpoint.model.vocab)
     assert found.options == mix.hedged(of_text, of_drawn) != of_text
 
 
@@ -298,9 +301,11 @@ def test_a_preview_measures_over_the_windows_that_a_build_would(
     seen: list[int] = []
     find = choosing.measure
 
-    def note(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Progress) -> Sensitivities:
+    def note(
+        work: Plan, checkpoint: Checkpoint, source: Source, text: Calibration, progress: Progress
+    ) -> Sensitivities:
         seen.append(len(text.windows))
-        return find(work, checkpoint, text, progress)
+        return find(work, checkpoint, source, text, progress)
 
     monkeypatch.setattr(choosing, "measure", note)
     work = plan(tiny("3"), recipe_name=name, calibration_text=str(tmp_path / "text.txt"), out=tmp_path / "bundle")
@@ -308,3 +313,32 @@ def test_a_preview_measures_over_the_windows_that_a_build_would(
     building.build(work, quiet)
     assert seen == [count, count]
     assert bundle.read(tmp_path / "bundle").layouts == {each: word.name for each, word in previewed.recipe.chosen}
+
+
+def test_another_budget_or_method_takes_what_was_measured_and_another_model_or_text_is_measured(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (("text.txt", TEXT), ("other.txt", TEXT[7:])):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    seen: list[None] = []
+    find = sensitivity.measure
+
+    def note(*given: Any, **named: Any) -> Any:
+        seen.append(None)
+        return find(*given, **named)
+
+    monkeypatch.setattr(sensitivity, "measure", note)
+
+    def previewed(name: str, text: str = "text.txt", **options: Any) -> tuple[Any, int]:
+        folder = tiny("3", **options)
+        work = plan(folder, recipe_name=name, calibration_text=str(tmp_path / text), out=tmp_path / "out")
+        settled, _ = choosing.preview(work, quiet)
+        return settled.recipe.chosen, len(seen)
+
+    first, times = previewed("mix6.5-gptq")
+    assert (first, times) == (previewed("mix6.5-gptq")[0], 1)
+    assert previewed("mix7.5-gptq")[0] != first
+    assert previewed("mix6.5-guided")[1] == 1
+    assert previewed("mix6.5-rtn")[1] == 2
+    assert previewed("mix6.5-gptq", "other.txt")[1] == 3
+    assert previewed("mix6.5-gptq", tied=False)[1] == 4

@@ -46,7 +46,8 @@ quiet = lambda *_: None
 if wanted.mixed:
     layouts = [plain(4, 32), plain(8, 32)]
     every, groups = dict.fromkeys(sensitivity.units(checkpoint.model), layouts), dict.fromkeys(layouts, 32)
-    sensitivity.measure(checkpoint, every, groups, 16, text, kept, quiet, feedback=True)
+    texts = [text[: count // 2], text[count // 2 :]]
+    sensitivity.measure(checkpoint, every, groups, 16, texts, kept, quiet, feedback=True)
 else:
     run.quantize(checkpoint, wanted, held, *((text, kept) if wanted.calibrated else (None, None)), quiet)
 done.set()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ def measure(
     tokens = windows.windows(checkpoint.folder, TEXT, 24, 64, checkpoint.model.vocab)
     every = dict.fromkeys(sensitivity.units(checkpoint.model), layouts)
     inputs = groups or dict.fromkeys(layouts, 0)
-    return sensitivity.measure(checkpoint, every, inputs, 16, tokens, scratch, quiet, feedback=feedback)
+    (found,) = sensitivity.measure(checkpoint, every, inputs, 16, [tokens], scratch, quiet, feedback=feedback)
+    return found
 
 
 @pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
@@ -195,6 +197,60 @@ def test_inputs_that_are_all_zero_leave_everything(tiny: Build) -> None:
     model = Layered(Checkpoint.open(tiny("3")))
     assert sensitivity.left_over(model, torch.zeros(64, 32)) == pytest.approx(1)
     model.close()
+
+
+def costs_of(checkpoint: Checkpoint, texts: list[tuple[int, int]]) -> Any:
+    return sensitivity._Costs(SimpleNamespace(checkpoint=checkpoint), {}, {}, texts)  # type: ignore[arg-type]
+
+
+def test_a_loss_that_few_tokens_have_is_found_from_other_tokens(tiny: Build) -> None:
+    import torch
+
+    random = np.random.default_rng(4)
+    sizes = random.lognormal(0, 1.5, (40, 512)).astype(np.float32)
+    changes = (1e-5 * sizes * random.normal(size=sizes.shape)).astype(np.float32)
+    seen = np.concatenate([row[window % 8 :: 8] for window, row in enumerate(changes)])
+    of_both = costs_of(Checkpoint.open(tiny("3")), [(32, 512), (8, 512)])
+    found = of_both._mean(seen, [torch.from_numpy(row) for row in sizes])
+    wanted = [np.square(1e-5 * sizes[part]).mean() / 2 for part in (slice(32), slice(32, None))]
+    np.testing.assert_allclose(found, wanted, rtol=0.2)
+    plain = [np.square(part).mean() / 2 for part in np.split(seen, [32 * 64])]
+    assert np.abs(np.log(np.divide(plain, wanted))).max() > 0.3
+
+
+def test_tokens_without_a_gradient_cost_nothing(tiny: Build) -> None:
+    import torch
+
+    costs = costs_of(Checkpoint.open(tiny("3")), [(1, 16), (1, 16)])
+    sizes = [torch.zeros(16), torch.tensor([0.0, 2.0] * 8)]
+    found = costs._mean(np.array([0, 0, 0.2, 0.2], np.float32), sizes)
+    np.testing.assert_allclose(found, [0, 0.01], rtol=1e-6)
+
+
+@pytest.mark.parametrize("generation", ["2.5", "3.5"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_each_text_costs_what_it_does_alone(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generation: str, tied: bool
+) -> None:
+    checkpoint = Checkpoint.open(tiny(generation, tied=tied))
+    monkeypatch.setattr(head, "slopes", lambda _, states, seed: np.flip(states, 2) * np.float32(1e-2))
+    texts = [windows.windows(checkpoint.folder, TEXT, 5, 30, checkpoint.model.vocab)]
+    texts.append(windows.drawn(8, 30, checkpoint.model.vocab))
+    every = {first: [FINE, COARSE] for first in sensitivity.units(checkpoint.model)}
+    inputs = {FINE: 64, COARSE: 32}
+
+    def found(given: list[Any]) -> list[dict[str, list[Any]]]:
+        return sensitivity.measure(checkpoint, every, inputs, 16, given, tmp_path, quiet, feedback=True)
+
+    monkeypatch.setattr(sensitivity, "APART", 1)
+    together, alone = found(texts), [found([text])[0] for text in texts]
+    for mine, other in zip(together, alone, strict=True):
+        for first in other:
+            for one, same in zip(mine[first], other[first], strict=True):
+                assert (one.layout, one.bytes) == (same.layout, same.bytes)
+                assert one.loss == pytest.approx(same.loss, rel=1e-3)
+                assert one.activations == pytest.approx(same.activations, rel=1e-3)
+    assert together[0] != together[1]
 
 
 def test_a_checkpoint_that_is_not_finite_is_named(tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

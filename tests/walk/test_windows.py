@@ -30,6 +30,17 @@ def test_for_every_eight_windows_of_a_text_or_fewer_there_is_one_of_random_token
     assert (windows.with_drawn(text, VOCAB) == found).all()
 
 
+@pytest.mark.parametrize(("count", "more"), [(1, 1), (4, 1), (5, 2), (100, windows.SENSED - windows.FITTED)])
+def test_sensitivities_are_measured_on_a_text_and_on_a_quarter_as_many_windows_of_random_tokens(
+    count: int, more: int
+) -> None:
+    text = np.arange(count * 512, dtype=np.int32).reshape(count, 512)
+    read, drawn = windows.sensed(text, VOCAB)
+    assert (read == windows.fitted(text)).all()
+    assert drawn.shape == (more, 512)
+    assert 0 <= drawn.min() <= drawn.max() < VOCAB
+
+
 @pytest.mark.parametrize("name", ["w4g32-e8-gptq", "w4g32-e8-guided", "w4g32-e8-tuned"])
 def test_matrices_are_fitted_to_random_tokens_too(
     tiny: Build, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch

@@ -141,8 +141,9 @@ def _walk(
     A mixed recipe is settled first; one that then loses more than its budget is chosen again, by what it lost.
     """
     windows = None if text is None else text.windows
-    found = choosing.measure(work, checkpoint, text, progress) if text is not None and work.recipe.mixed else None
-    scale, resumed, choice = None, None, None
+    found, scale, resumed, choice = None, None, None, None
+    if text is not None and work.recipe.mixed:
+        found = choosing.measure(work, checkpoint, source, text, progress)
     for left in reversed(range(_CHOICES)):
         if found is not None:
             work, choice = choosing.settle(work, found, scale)

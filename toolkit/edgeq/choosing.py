@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeq import backends, calibration, detect, recipe, size, sources
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeq import backends, calibration, detect, recipe, sensitivities, size, sources
 from edgeq.backends.base import Job, Progress
+from edgeq.bundle import Source
 from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import CorruptInput, NothingFits, UsageFault
@@ -21,8 +28,10 @@ from edgeq.quantize import mix
 from edgeq.quantize.mix import Choice, Option
 from edgeq.recipe import Layout
 from edgeq.target import HOST
+from edgeq.version import VERSION
 from edgeq.walk import sensitivity
-from edgeq.walk.windows import drawn, fitted
+from edgeq.walk.run import FORMAT
+from edgeq.walk.windows import sensed
 
 # Loss of a whole model against what error feedback leaves of each matrix. Guided q4_k and q5_k lost 0.35 on demo-qwen3
 # and 0.10 on demo-qwen2.5, where few matrices cost most; it is more, since other texts lose more. The others relative
@@ -60,18 +69,19 @@ def preview(work: Plan, progress: Progress) -> tuple[Plan, Prediction | None]:
         return work, None
     origin = sources.find(work.model, offline=work.offline)
     checkpoint = Checkpoint.open(origin.folder)
-    source = work.calibration or calibration.BUNDLED
+    wanted = work.calibration or calibration.BUNDLED
     longest, demo = checkpoint.model.context, origin.kind == "demo"
-    text = calibration.read(checkpoint, source, demo, longest, progress, tuned=work.recipe.tuned)
-    found = measure(work, checkpoint, text, progress)
+    text = calibration.read(checkpoint, wanted, demo, longest, progress, tuned=work.recipe.tuned)
+    found = measure(work, checkpoint, origin.source(checkpoint), text, progress)
     settled, choice = settle(work, found)
     return settled, Prediction(choice.cost, choice.bytes + found.other_bytes)
 
 
-def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Progress) -> Sensitivities:
-    """Sensitivities over some windows of the calibration text and as many of random tokens.
+def measure(work: Plan, checkpoint: Checkpoint, source: Source, text: Calibration, progress: Progress) -> Sensitivities:
+    """Sensitivities over some windows of the calibration text and a few of random tokens.
 
-    Raises CorruptInput when they are not finite, and before they are measured NothingFits when no mix has the size.
+    Those that were measured before are taken from the user's cache. Raises CorruptInput when they are not finite, and
+    before they are measured NothingFits when no mix has the size.
     """
     engine = backends.get(work.backend)
     units = sensitivity.units(checkpoint.model)
@@ -86,29 +96,48 @@ def measure(work: Plan, checkpoint: Checkpoint, text: Calibration, progress: Pro
     sizes = sensitivity.sizes(checkpoint.model, layouts, scale_bits)
     unmeasured = {first: [Option(*each, 0.0) for each in found.items()] for first, found in sizes.items()}
     settle(work, Sensitivities(unmeasured, units, other))
-    windows = fitted(text.windows)
-    with _scratch(next(filter(Path.is_dir, work.out.parents))) as folder:
-        read, unread = (
-            sensitivity.measure(
-                checkpoint,
-                layouts,
-                _activation_groups(work, words),
-                scale_bits,
-                tokens,
-                Path(folder),
-                progress,
-                feedback=work.recipe.calibrated,
-            )
-            for tokens in (windows, drawn(len(windows), windows.shape[1], checkpoint.model.vocab))
-        )
-    found = mix.hedged(read, unread)
-    if not all(math.isfinite(option.cost) for options in found.values() for option in options):
-        raise CorruptInput("the checkpoint's own float32 logits are not finite", run="download the checkpoint again")
+    found = _costs(work, checkpoint, source, text, layouts, progress)
     for first, options in found.items():
         share = (_FITTED_TABLE if first in size.TABLES else _FITTED).get(work.recipe.method)
         if share is not None:
             found[first] = [dataclasses.replace(each, loss=_remaining(each, share) * each.loss) for each in options]
     return Sensitivities(found, units, other)
+
+
+def _costs(
+    work: Plan,
+    checkpoint: Checkpoint,
+    source: Source,
+    text: Calibration,
+    layouts: Mapping[str, Sequence[Layout]],
+    progress: Progress,
+) -> dict[str, list[Option]]:
+    """What layouts cost each unit where the plan's device runs them, before anything is fitted."""
+    engine = backends.get(work.backend)
+    groups = _activation_groups(work, list(dict.fromkeys(itertools.chain(*layouts.values()))))
+    texts, scale_bits = sensed(text.windows, checkpoint.model.vocab), engine.scale_bits(work.recipe)
+    feedback = work.recipe.calibrated
+    names = [(first, [each.name for each in possible]) for first, possible in layouts.items()]
+    rounded = [(layout.name, group) for layout, group in groups.items()]
+    key = _key(source, texts, engine.tools(work.target), names, rounded, scale_bits, feedback)
+    if (kept := sensitivities.find(key)) is not None:
+        return kept
+    with _scratch(next(filter(Path.is_dir, work.out.parents))) as folder:
+        read, unread = sensitivity.measure(
+            checkpoint, layouts, groups, scale_bits, texts, Path(folder), progress, feedback=feedback
+        )
+    found = mix.hedged(read, unread)
+    if not all(math.isfinite(option.cost) for options in found.values() for option in options):
+        raise CorruptInput("the checkpoint's own float32 logits are not finite", run="download the checkpoint again")
+    sensitivities.keep(key, found)
+    return found
+
+
+def _key(source: Source, texts: Iterable[NDArray[np.int32]], *parts: object) -> str:
+    """Digest of what sensitivities depend on: files, token windows, the packages that compute, and other parts."""
+    packages = [(name, importlib.metadata.version(name)) for name in ("torch", "transformers", "numpy")]
+    digests = [*(file.sha256 for file in source.files), *(hashlib.sha256(each.tobytes()).hexdigest() for each in texts)]
+    return hashlib.sha256(repr((VERSION, FORMAT, packages, digests, parts)).encode()).hexdigest()[:32]
 
 
 def _scratch(near: Path) -> tempfile.TemporaryDirectory[str]:

@@ -15,7 +15,7 @@ from edgeq.walk.layers import PIECE
 from edgeq.walk.moments import AT_ONCE
 from edgeq.walk.run import LOGITS
 from edgeq.walk.sensitivity import APART
-from edgeq.walk.windows import FITTED, Held
+from edgeq.walk.windows import SENSED, Held
 
 _LIBRARY_BYTES = 700_000_000  # torch, transformers and ONNX Runtime, as measured
 _FLOAT = 4
@@ -30,9 +30,10 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
     recipe: None for the float model alone. The largest of: a layer with what solving it takes, and the ends of the
     model, logits of some windows and the table's codes. Solving takes the second moments of the widest input, their
     factor, for a guided recipe what the layers before have lost, what some windows read, the solved matrix, and room
-    for each thread; hidden states are in files then. The gradients of a guided recipe, or a mix, are held twice beside
-    the states, with what each thread goes back through; a mix is measured with what all matrices of a layer read and
-    write at one token of eight, and so are scales tuned, over a step's. Calibrating a cache takes less than the logits.
+    for each thread; hidden states are in files then. The gradients of a guided recipe are held beside the
+    states, with what each thread goes back through; a mix is measured with what all matrices of a layer read and write
+    at one token of eight, its states in files, and so are scales tuned, over a step's. Calibrating a cache takes less
+    than the logits.
     """
     shapes = model.tensors()
     sizes, channels = [0] * model.layers, [0] * model.layers
@@ -56,12 +57,14 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
         widest = max(inputs for _, inputs in matrices)
         solving = 2 * AT_ONCE * _WINDOW * widest + _ARRAYS * physical_cores() * PIECE
         solving += max(_solving(outputs, inputs, recipe.guided) for outputs, inputs in matrices)
-        if recipe.guided or recipe.mixed:
-            logits = 3 * min(tokens, _WINDOW) * model.vocab
-            text = 3 * model.hidden * (tokens if recipe.guided else min(tokens, FITTED * _WINDOW))
-            watched = 2 * FITTED * _WINDOW // APART * max(channels) if recipe.mixed else 0
-            graphs = physical_cores() * _WINDOW * (max(channels) + _GRAPH * model.heads * _WINDOW)
-            ends = max(ends, _FLOAT * (text + max(layer + watched + graphs, logits)))
+        logits = 3 * min(tokens, _WINDOW) * model.vocab
+        graphs = physical_cores() * _WINDOW * (max(channels) + _GRAPH * model.heads * _WINDOW)
+        if recipe.guided:
+            ends = max(ends, _FLOAT * (2 * model.hidden * tokens + max(layer + graphs, logits)))
+        if recipe.mixed:
+            seen = SENSED * _WINDOW
+            watched = seen // APART * max(channels)
+            ends = max(ends, _FLOAT * max(seen * model.hidden + logits, layer + graphs + watched))
         if recipe.tuned:
             step = tuning.WINDOWS * tuning.LENGTH
             logits = 3 * tuning.LENGTH * model.vocab

@@ -30,14 +30,16 @@ _SEED = 20
 class Backward:
     """What a walk backwards finds at one layer; gradients are those of the windows' log-likelihood.
 
-    after: at its output, float32 [windows, length, hidden]; read and written: for each matrix that is watched what it
-    reads, and the gradient at what it writes, a tensor [tokens, ...] for each window.
+    norms: of the gradient at each token of its output, float32 [windows, length]; read and written: for each matrix
+    that is watched what it reads, and the gradient at what it writes, a tensor [tokens, ...] for each window; sizes:
+    the norm of the one times that of the other, at all tokens, a tensor [length] for each window.
     """
 
     index: int
-    after: NDArray[np.float32]
+    norms: NDArray[np.float32]
     read: dict[str, list[Any]] = field(default_factory=dict)
     written: dict[str, list[Any]] = field(default_factory=dict)
+    sizes: dict[str, list[Any]] = field(default_factory=dict)
 
 
 def token_weights(
@@ -53,7 +55,7 @@ def token_weights(
     states = head.embed(head.exact(model.checkpoint, head.TABLE), tokens)
     between = forwards(model, states, folder, progress)
     for layer in backwards(model, head.slopes(model, states, _SEED), between, progress):
-        weights[layer.index] = np.linalg.norm(layer.after, axis=2)
+        weights[layer.index] = layer.norms
     for kind in filter(np.size, np.split(weights, [text], axis=1)):
         kind /= kind.mean(axis=(1, 2), keepdims=True)
     return weights, states
@@ -93,33 +95,31 @@ def backwards(
     total = 2 * model.count
     for index in reversed(range(model.count)):
         progress("gradients", total - 1 - index, total)
-        found = Backward(index, slopes.copy())
+        found = Backward(index, np.empty(slopes.shape[:2], np.float32))
         with model.layer(index):
 
             def back(window: int, index: int = index, found: Backward = found) -> Any:
                 before = torch.from_numpy(between[index, window].copy()).view(torch.bfloat16).to(torch.float32)
                 watched = model.matrices(index) if watch else []
                 tokens = slice(window % max(watch, 1), None, watch or None)
-                slope, *seen = _pull_back(model, index, before, torch.from_numpy(found.after[window]), watched, tokens)
+                found.norms[window] = np.linalg.norm(slopes[window], axis=1)
+                slope, *seen = _pull_back(model, index, before, torch.from_numpy(slopes[window]), watched, tokens)
                 slopes[window] = slope.numpy()
                 return seen
 
-            for read, written in model.parallel(back, range(len(slopes))):
-                for name in read:
-                    found.read.setdefault(name, []).append(read[name])
-                    found.written.setdefault(name, []).append(written[name])
+            for seen in model.parallel(back, range(len(slopes))):
+                for kept, values in zip((found.read, found.written, found.sizes), seen, strict=True):
+                    for name in values:
+                        kept.setdefault(name, []).append(values[name])
         yield found
-        found.after, found.read, found.written = slopes[:0], {}, {}
+        found.read, found.written, found.sizes = {}, {}, {}
     progress("gradients", total, total)
 
 
 def _pull_back(
     model: Layered, index: int, before: Any, slope: Any, watched: Sequence[str], tokens: slice
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    """Gradient before a layer from that after it; what each watched matrix reads, and the gradient at its output.
-
-    The latter two at some tokens alone.
-    """
+) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Gradient before a layer from that after it; what `Backward` says of each watched matrix, but at some tokens."""
     import torch
 
     seen: dict[int, list[tuple[str, Any, Any]]] = defaultdict(list)
@@ -135,10 +135,14 @@ def _pull_back(
             before = before.clone().requires_grad_(True)
             after = model.run(index, before)
             wanted = [before, *(output for _, _, output in seen[here])]
-            found, *written = torch.autograd.grad(after, wanted, slope.clone())
+            found, *slopes = torch.autograd.grad(after, wanted, slope.clone())
     finally:
         for hook in hooks:
             hook.remove()
-    names = [name for name, _, _ in seen[here]]
-    read = {name: values.detach().flatten(0, -2)[tokens].contiguous() for name, values, _ in seen[here]}
-    return found, read, dict(zip(names, (each.flatten(0, -2)[tokens].contiguous() for each in written), strict=True))
+    names, inputs = [name for name, _, _ in seen[here]], [values.detach().flatten(0, -2) for _, values, _ in seen[here]]
+    slopes = [each.flatten(0, -2) for each in slopes]
+    once = {id(values): each[tokens].contiguous() for (_, values, _), each in zip(seen[here], inputs, strict=True)}
+    read = {name: once[id(values)] for name, values, _ in seen[here]}
+    written = {name: each[tokens].contiguous() for name, each in zip(names, slopes, strict=True)}
+    sizes = {name: x.norm(dim=1) * g.norm(dim=1) for name, x, g in zip(names, inputs, slopes, strict=True)}
+    return found, read, written, sizes

@@ -20,6 +20,13 @@ def unnamed(folder: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.f
         return np.memmap(stream, dtype, "r+", shape=shape)
 
 
+def moved(folder: Path, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Values in such a file; raises OSError when the disk has no room."""
+    found: NDArray[np.float32] = unnamed(folder, values.shape)
+    found[:] = values
+    return found
+
+
 def copied(path: Path, values: NDArray[np.float32]) -> NDArray[np.float32]:
     """A copy of an array in an .npy file, to be changed there; raises OSError when the disk has no room."""
     with path.open("wb") as stream:

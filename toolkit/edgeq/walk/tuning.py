@@ -42,8 +42,7 @@ def tune(exact: Layered, solutions: Solutions, tokens: NDArray[np.int32], progre
     names = [name for index in range(exact.count) for name in exact.matrices(index)]
     factors = Factors(solutions, names)
     factors.load(folder)
-    targets = scratch.unnamed(folder, (*windows.shape, exact.checkpoint.model.hidden))
-    targets[:] = head.embed(head.exact(exact.checkpoint, head.TABLE), windows)
+    targets = scratch.moved(folder, head.embed(head.exact(exact.checkpoint, head.TABLE), windows))
     exact.through(targets, "teacher", progress)
     quantized = Layered(exact.checkpoint, lambda name: factors.applied(solutions(name)).dequantize())
     try:

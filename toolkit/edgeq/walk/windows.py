@@ -22,6 +22,9 @@ FITTED = 32
 _TEXT_PER_DRAWN = 8
 WITH_DRAWN = FITTED + -(-FITTED // _TEXT_PER_DRAWN)
 """The same, with those of random tokens."""
+_SENSED_PER_DRAWN = 4
+SENSED = FITTED + -(-FITTED // _SENSED_PER_DRAWN)
+"""Windows of both kinds that sensitivities are measured on."""
 _SEED = 21
 
 
@@ -89,3 +92,10 @@ def with_drawn(windows: NDArray[np.int32], vocab: int) -> NDArray[np.int32]:
     """
     count, length = windows.shape
     return np.concatenate([windows, drawn(-(-count // _TEXT_PER_DRAWN), length, vocab)])
+
+
+def sensed(windows: NDArray[np.int32], vocab: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Windows of a text that sensitivities are measured on, and of random tokens, whose losses vary less."""
+    read = fitted(windows)
+    count, length = read.shape
+    return read, drawn(-(-count // _SENSED_PER_DRAWN), length, vocab)
