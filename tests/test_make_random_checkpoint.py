@@ -12,6 +12,7 @@ import script_files
 from edgeq import catalog
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import UsageFault
+from edgeq.model import read_config
 
 SMALL = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 96, "vocab_size": 512}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -47,6 +48,16 @@ def test_the_checkpoint_is_complete_and_sound(script: Any, tmp_path: Path, name:
     assert found.model.generation == catalog.load(name).generation
     assert found.dtype("model.embed_tokens.weight") == "BF16"
     assert 0.019 < found.tensor("model.embed_tokens.weight").std() < 0.021
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_the_first_layers_alone_have_the_shapes_that_they_had(script: Any, name: str) -> None:
+    whole = shrunk(name)
+    shapes = read_config(whole).tensors()
+    some = read_config(script.first_layers(whole, 3))
+    assert some.layers == 3
+    assert some.tensors() == {name: shape for name, shape in shapes.items() if "layers.3." not in name}
+    assert script.first_layers(whole, None) == whole == shrunk(name)
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
