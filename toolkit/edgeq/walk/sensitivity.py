@@ -67,9 +67,9 @@ def measure(
 
     Texts are token windows [count, length], all of one length; matrices are looked at at one token of `APART`. Rounding
     is that of clipped grids; of each layout, inputs are rounded to 8 bits in groups of so many, 0 for none. `folder` is
-    for files of the states between layers, 2 bytes a value. feedback: matrices of layers will be fitted to what they
-    read, which leaves the share that `left_over` says. Raises CorruptInput when the float model's own states are not
-    finite.
+    for files of the states between layers, 2 bytes a value, and of gradients, 4. feedback: matrices of layers will be
+    fitted to what they read, which leaves the share that `left_over` says. Raises CorruptInput when the float model's
+    own states are not finite.
     """
     tokens = np.concatenate(texts)
     model = Layered(checkpoint)
@@ -127,29 +127,34 @@ class _Costs:
         """Find what the units of a layer cost, from what they read and the gradients at what they write."""
         import torch
 
-        model, checkpoint = self._model, self._model.checkpoint
         for first in filter(layer.read.__contains__, self._units):
             names = self._units[first]
             seen = {name: (torch.cat(layer.read.pop(name)), torch.cat(layer.written.pop(name))) for name in names}
             parts = seen[first][0].split(self._seen)
-            share = np.array([left_over(model, each) if feedback else 1.0 for each in parts])
+            share = np.array([left_over(self._model, each) if feedback else 1.0 for each in parts])
+            self._of_unit(first, seen, layer.sizes, share)
 
-            def cost(changes: Iterable[NDArray[np.float32]], names: Sequence[str] = names) -> NDArray[np.float64]:
-                """What changes by each of the matrices cost."""
-                return sum(
-                    (self._mean(each, layer.sizes[name]) for name, each in zip(names, changes, strict=True)),
-                    start=np.zeros(len(self._seen)),
-                )
+    def _of_unit(
+        self, first: str, seen: Mapping[str, tuple[Any, Any]], sizes: Mapping[str, Any], share: NDArray[np.float64]
+    ) -> None:
+        model, checkpoint = self._model, self._model.checkpoint
 
-            for layout in self._layouts[first]:
-                changes = (_change(model, *seen[name], _lost(checkpoint, name, layout)) for name in names)
-                self._losses[first, layout] = share * cost(changes)
-            for group in self._groups(first):
-                changes = (
-                    _change(model, rounding_error(read, group), written, head.exact(checkpoint, name))
-                    for name, (read, written) in seen.items()
-                )
-                self._activations[first, group] = cost(changes)
+        def cost(changes: Iterable[NDArray[np.float32]]) -> NDArray[np.float64]:
+            """What changes by each of the matrices cost."""
+            costs = np.zeros(len(share))
+            for name, each in zip(seen, changes, strict=True):
+                costs += self._mean(each, sizes[name])
+            return costs
+
+        for layout in self._layouts[first]:
+            changes = (_change(model, *both, _lost(checkpoint, name, layout)) for name, both in seen.items())
+            self._losses[first, layout] = share * cost(changes)
+        for group in self._groups(first):
+            changes = (
+                _change(model, rounding_error(read, group), written, head.exact(checkpoint, name))
+                for name, (read, written) in seen.items()
+            )
+            self._activations[first, group] = cost(changes)
 
     def of_tables(self, final: NDArray[np.float32], tokens: NDArray[np.int32], slopes: NDArray[np.float32]) -> None:
         """Find what the tables cost, from states after the last layer at the tokens that are seen, and gradients.
