@@ -63,6 +63,12 @@ def test_the_shipped_texts_fill_every_window_of_other_checkpoints(checkpoint: Ch
     assert found.windows.shape == (calibration.WINDOWS, calibration.LENGTH)
 
 
+def test_a_text_that_fills_all_windows_is_taken_without_a_note() -> None:
+    for count, short in ((1, True), (calibration.WINDOWS - 1, True), (calibration.WINDOWS, False)):
+        found = Calibration(np.zeros((count, 64), np.int32), "text", "")
+        assert (found.note is not None) == short
+
+
 def test_a_file_and_a_folder_of_files_in_the_order_of_their_names(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for name, text in (("b.md", "second " * 40), ("a.txt", "first " * 40), ("c.bin", "third " * 40)):
         (tmp_path / name).write_text(text, encoding="utf-8")
@@ -142,9 +148,12 @@ def hidden(folder: Path) -> list[str]:
 
 def test_a_manifest_records_the_text_and_nothing_else_is_left(tiny: Build, tmp_path: Path, text: Path) -> None:
     work = plan(tiny("3"), tmp_path / "out", text)
-    assert building.build(work, quiet).gate.passed
+    built = building.build(work, quiet)
+    assert built.gate.passed
     found = bundle.read(work.out).calibration
     assert found is not None
+    note = f"calibration: the text fills {found.tokens // 512} windows of 512 tokens, 32 are wanted; "
+    assert [each.startswith(note) for each in built.notes[len(work.notes) :]] == [True]
     assert found.sha256 == hashlib.sha256(text.read_bytes()).hexdigest()
     assert found.tokens % 512 == 0
     assert hidden(tmp_path) == []

@@ -318,6 +318,16 @@ def test_predicted_sizes_of_a_model_start_with_a_tilde(capsys: pytest.CaptureFix
     assert row.count("iB") == row.count(", ~") > 0
 
 
+def test_what_a_build_has_to_say_of_its_text_is_printed(
+    capsys: pytest.CaptureFixture[str], tiny: Build, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("A short text. " * 600)
+    words = ["--target", "x86-avx2", "--backend", "onnx", "--recipe", "w4g32-e8-gptq", "-c", "256"]
+    words += ["--calibration", str(tmp_path / "text.txt"), "-o", str(tmp_path / "out")]
+    code, _, err = run(capsys, "build", str(tiny("3")), *words)
+    assert (code, "calibration: the text fills " in err) == (0, True), err
+
+
 def test_methods_are_told_beside_the_recipes_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     printed = run(capsys, "models", "show", "qwen3-0.6b")[1]
     for method in recipe.METHODS:

@@ -101,6 +101,7 @@ def build(work: Plan, progress: Progress) -> Built:
         if work.calibration is not None:
             longest, demo = checkpoint.model.context, source.kind == "demo"
             text = calibration.read(checkpoint, work.calibration, demo, longest, step, tuned=work.recipe.tuned)
+            work = dataclasses.replace(work, notes=(*work.notes, *filter(None, [text.note])))
             if engine.calibrates_cache(work.recipe):
                 cache = ranges.cache_ranges(checkpoint, fitted(text.windows), step)
         work, walked = _walk(work, checkpoint, held, source, text, folder.parent, stack, step)

@@ -36,6 +36,17 @@ class Calibration:
     source: str
     sha256: str
 
+    @property
+    def note(self) -> str | None:
+        """What to tell people of a text that is short; None of one that suffices."""
+        count, length = self.windows.shape
+        if count >= WINDOWS:
+            return None
+        return (
+            f"calibration: the text fills {count} windows of {length} tokens, {WINDOWS} are wanted; "
+            "what is fitted to little text loses more on others"
+        )
+
 
 def read(
     checkpoint: Checkpoint, source: str, demo: bool, longest: int, progress: Progress, *, tuned: bool = False

@@ -117,6 +117,8 @@ def build(
         return
     with _progress() as progress:
         built = building.build(plan, progress)
+    for note in built.notes[len(plan.notes) :]:
+        _say(note)
     _show(built, json, tables.built)
 
 
