@@ -30,10 +30,10 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
     recipe: None for the float model alone. The largest of: a layer with what solving it takes, and the ends of the
     model, logits of some windows and the table's codes. Solving takes the second moments of the widest input, their
     factor, for a guided recipe what the layers before have lost, what some windows read, the solved matrix, and room
-    for each thread; hidden states are in files then. The gradients of a guided recipe are held beside the
-    states, with what each thread goes back through; a mix is measured with what all matrices of a layer read and write
-    at one token of eight, its states in files, and so are scales tuned, over a step's. Calibrating a cache takes less
-    than the logits.
+    for each thread; hidden states are in files then. Gradients of a guided recipe, or a mix, are held once while
+    they are made from logits, and are in files while each thread goes back through a layer; a mix is measured with what
+    all matrices of a layer read and write at one token of eight, and so are scales tuned, over a step's. Calibrating a
+    cache takes less than the logits.
     """
     shapes = model.tensors()
     sizes, channels = [0] * model.layers, [0] * model.layers
@@ -60,7 +60,7 @@ def predict(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) ->
         logits = 3 * min(tokens, _WINDOW) * model.vocab
         graphs = physical_cores() * _WINDOW * (max(channels) + _GRAPH * model.heads * _WINDOW)
         if recipe.guided:
-            ends = max(ends, _FLOAT * (2 * model.hidden * tokens + max(layer + graphs, logits)))
+            ends = max(ends, _FLOAT * max(model.hidden * tokens + logits, layer + graphs))
         if recipe.mixed:
             seen = SENSED * _WINDOW
             watched = seen // APART * max(channels)
@@ -83,9 +83,9 @@ def _solving(outputs: int, inputs: int, guided: bool) -> int:
 def disk(model: Model, recipe: Recipe, tokens: int, tuned: int = 0) -> int:
     """Bytes of files that a walk over `tokens` of calibration holds at its peak: states, what a layer reads, solutions.
 
-    Gradients want the states before each layer, 2 bytes a value; later states are held twice, before and after a layer.
-    Tuning, over `tuned` tokens, has the float model's last states, what scales are multiplied by with two moments, all
-    of that twice, and the solutions again.
+    Gradients want the states before each layer, 2 bytes a value; they, and other states, are held twice, before and
+    after a layer. Tuning, over `tuned` tokens, has the float model's last states, what scales are multiplied by with
+    two moments, all of that twice, and the solutions again.
     """
     if not recipe.calibrated:
         return 0
@@ -98,8 +98,9 @@ def disk(model: Model, recipe: Recipe, tokens: int, tuned: int = 0) -> int:
         scales += math.prod(shape) * (2 if layout.is_ggml else 1) // max(layout.block, layout.group)
     states: int = model.hidden * tokens
     walking = _FLOAT * (2 * states + (2 * states + max(inputs) * tokens if recipe.guided else 0))
+    gradients = (2 * model.layers + 4 * _FLOAT) * states
     tuning_bytes = int(codes) + _FLOAT * (model.hidden * tuned + 6 * scales) if recipe.tuned else 0
-    return int(codes) + max(walking, 2 * model.layers * states if recipe.guided else 0) + tuning_bytes
+    return int(codes) + max(walking, gradients if recipe.guided else 0) + tuning_bytes
 
 
 def require(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) -> None:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from edgeq.backends.base import Progress
 from edgeq.walk import head, scratch
 from edgeq.walk.layered import Layered
+from edgeq.walk.stepped import Stepped
 
 _SEED = 20
 
@@ -48,17 +49,30 @@ def token_weights(
     """Weights of each token for each layer, [layers, windows, length], and states after the last one.
 
     Their mean is 1 in each layer over the first `text` windows, and over the others: gradients at random tokens were
-    three to twelve times as large on the demos. Walks forwards and backwards; the states between layers are kept in a
-    file of `folder`, 2 bytes a value.
+    three to twelve times as large on the demos. Walks forwards and backwards; states are in files of `folder`, those
+    between layers with 2 bytes a value, and a walk that was stopped goes on there after the last finished layer.
     """
-    weights = np.empty((model.count, *tokens.shape), np.float32)
-    states = head.embed(head.exact(model.checkpoint, head.TABLE), tokens)
-    between = forwards(model, states, folder, progress)
-    for layer in backwards(model, head.slopes(model, states, _SEED), between, progress):
-        weights[layer.index] = layer.norms
+    count = model.count
+    ahead = Stepped(folder, "ahead", lambda: head.embed(head.exact(model.checkpoint, head.TABLE), tokens))
+    between = scratch.kept(folder / "between", (count, *ahead.values.shape), np.uint16)
+    norms = scratch.kept(folder / "norms", (count, *tokens.shape))
+    while ahead.done < count:
+        progress("gradients", ahead.done, 2 * count)
+        with ahead.step() as states:
+            _forward(model, ahead.done, states, between)
+            between.flush()
+    back = Stepped(folder, "back", lambda: head.slopes(model, ahead.values, _SEED))
+    while back.done < count:
+        progress("gradients", count + back.done, 2 * count)
+        index = count - 1 - back.done
+        with back.step() as slopes:
+            norms[index] = _backward(model, index, slopes, between).norms
+            norms.flush()
+    progress("gradients", 2 * count, 2 * count)
+    weights = np.array(norms)
     for kind in filter(np.size, np.split(weights, [text], axis=1)):
         kind /= kind.mean(axis=(1, 2), keepdims=True)
-    return weights, states
+    return weights, ahead.values
 
 
 def forwards(model: Layered, states: NDArray[np.float32], folder: Path, progress: Progress) -> NDArray[np.uint16]:
@@ -66,14 +80,10 @@ def forwards(model: Layered, states: NDArray[np.float32], folder: Path, progress
 
     What is returned holds bfloat16 and lies in a file of `folder` that goes with it.
     """
-    import torch
-
     between = scratch.unnamed(folder, (model.count, *states.shape), np.uint16)
     for index in range(model.count):
         progress("gradients", index, 2 * model.count)
-        between[index] = torch.from_numpy(states).to(torch.bfloat16).view(torch.uint16).numpy()
-        with model.layer(index):
-            model.advance(index, states)
+        _forward(model, index, states, between)
     return between
 
 
@@ -90,30 +100,47 @@ def backwards(
     between: as `forwards` found them. watch: find what every matrix that recipes quantize reads, and the gradient at
     what it writes, at one of so many tokens of each window, from another one on in each; 0 for nothing.
     """
-    import torch
-
     total = 2 * model.count
     for index in reversed(range(model.count)):
         progress("gradients", total - 1 - index, total)
-        found = Backward(index, np.empty(slopes.shape[:2], np.float32))
-        with model.layer(index):
-
-            def back(window: int, index: int = index, found: Backward = found) -> Any:
-                before = torch.from_numpy(between[index, window].copy()).view(torch.bfloat16).to(torch.float32)
-                watched = model.matrices(index) if watch else []
-                tokens = slice(window % max(watch, 1), None, watch or None)
-                found.norms[window] = np.linalg.norm(slopes[window], axis=1)
-                slope, *seen = _pull_back(model, index, before, torch.from_numpy(slopes[window]), watched, tokens)
-                slopes[window] = slope.numpy()
-                return seen
-
-            for seen in model.parallel(back, range(len(slopes))):
-                for kept, values in zip((found.read, found.written, found.sizes), seen, strict=True):
-                    for name in values:
-                        kept.setdefault(name, []).append(values[name])
+        found = _backward(model, index, slopes, between, watch=watch)
         yield found
         found.read, found.written, found.sizes = {}, {}, {}
     progress("gradients", total, total)
+
+
+def _forward(model: Layered, index: int, states: NDArray[np.float32], between: NDArray[np.uint16]) -> None:
+    """Note states before one layer, and replace them by those after it."""
+    import torch
+
+    between[index] = torch.from_numpy(states).to(torch.bfloat16).view(torch.uint16).numpy()
+    with model.layer(index):
+        model.advance(index, states)
+
+
+def _backward(
+    model: Layered, index: int, slopes: NDArray[np.float32], between: NDArray[np.uint16], *, watch: int = 0
+) -> Backward:
+    """Replace gradients after one layer by those before it."""
+    import torch
+
+    found = Backward(index, np.empty(slopes.shape[:2], np.float32))
+
+    def back(window: int) -> Any:
+        before = torch.from_numpy(between[index, window].copy()).view(torch.bfloat16).to(torch.float32)
+        watched = model.matrices(index) if watch else []
+        tokens = slice(window % max(watch, 1), None, watch or None)
+        found.norms[window] = np.linalg.norm(slopes[window], axis=1)
+        slope, *seen = _pull_back(model, index, before, torch.from_numpy(slopes[window]), watched, tokens)
+        slopes[window] = slope.numpy()
+        return seen
+
+    with model.layer(index):
+        for seen in model.parallel(back, range(len(slopes))):
+            for kept, values in zip((found.read, found.written, found.sizes), seen, strict=True):
+                for name in values:
+                    kept.setdefault(name, []).append(values[name])
+    return found
 
 
 def _pull_back(

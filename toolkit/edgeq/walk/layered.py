@@ -58,10 +58,14 @@ class Layered:
         """One layer (torch.nn.Module) with its weights, as long as the block lasts."""
         import torch
 
+        def read(name: str) -> Any:
+            values = self._matrices if self._matrices and is_quantized(name) else self.checkpoint.tensor
+            return torch.from_numpy(values(name))
+
         module, prefix = self._layers[index], f"model.layers.{index}."
-        for name in [name for name in self.checkpoint.model.tensors() if name.startswith(prefix)]:
-            read = self._matrices if self._matrices and is_quantized(name) else self.checkpoint.tensor
-            _assign(module, name.removeprefix(prefix), torch.from_numpy(read(name)))
+        names = [name for name in self.checkpoint.model.tensors() if name.startswith(prefix)]
+        for name, values in zip(names, self.parallel(read, names), strict=True):
+            _assign(module, name.removeprefix(prefix), values)
         try:
             yield module
         finally:

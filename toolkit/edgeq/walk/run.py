@@ -6,6 +6,7 @@ second moments; never a whole model.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -145,14 +146,16 @@ def _token_weights(
 
     On the way the output layer is solved, for the float model's last states.
     """
-    kept = folder / _WEIGHTS
+    kept, passes = folder / _WEIGHTS, folder / "gradients"
     if not kept.is_file():
-        found, states = gradients.token_weights(model, fitted, text, folder, progress)
+        passes.mkdir(exist_ok=True)
+        found, states = gradients.token_weights(model, fitted, text, passes, progress)
         layers.solve_output(model, recipe, solutions, states)
         partial = kept.with_suffix(".partial")
         with partial.open("wb") as stream:
             np.save(stream, found)
         partial.replace(kept)
+    shutil.rmtree(passes, ignore_errors=True)
     try:
         weights: NDArray[np.float32] = np.load(kept, allow_pickle=False)
     except (ValueError, EOFError) as error:

@@ -20,6 +20,15 @@ def unnamed(folder: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.f
         return np.memmap(stream, dtype, "r+", shape=shape)
 
 
+def kept(path: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> np.memmap[Any, Any]:
+    """What a file holds, or zeros in a new one; raises OSError when the disk has no room."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if not path.is_file() or path.stat().st_size != size:
+        with path.open("wb") as stream:
+            _reserve(stream, size)
+    return np.memmap(path, dtype, "r+", shape=shape)
+
+
 def moved(folder: Path, values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Values in such a file; raises OSError when the disk has no room."""
     found: NDArray[np.float32] = unnamed(folder, values.shape)
