@@ -106,6 +106,7 @@ def test_a_bad_checkpoint_gets_its_exit_code_names_the_culprit_and_leaves_nothin
     assert not place.exists()
 
 
+@pytest.mark.slow
 def test_a_hugging_face_cache_of_links_is_read_through_and_copied(tmp_path: Path) -> None:
     source = checkpoints.write(tmp_path / "blobs", "3")
     snapshot = tmp_path / "snapshots" / "abc"

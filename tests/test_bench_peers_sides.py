@@ -210,6 +210,7 @@ def test_environments_are_pinned_to_the_last_package(name: str) -> None:
     assert set(PEERS[name].PACKAGES) <= {line.partition("==")[0] for line in lines}
 
 
+@pytest.mark.slow
 def test_an_environment_that_cannot_be_made_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "requirements.txt").write_text("")

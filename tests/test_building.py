@@ -145,7 +145,7 @@ def test_the_largest_size_chooses_the_best_recipe_that_fits(tiny: Build, tmp_pat
     best, smallest = (plan(tiny("3"), tmp_path, recipe_name=name) for name in ("w4g32-e8-rtn", "w4g32-e4-rtn"))
     assert smallest.bytes < best.bytes
     work = plan(tiny("3"), tmp_path / "out", recipe_name="auto", max_size=best.bytes - 1)
-    assert str(work.recipe) == "w4g32-e4-rtn-kv16"
+    assert str(work.recipe) == "iq4_nl-eiq4_nl-rtn-kv16"
     with pytest.raises(NothingFits, match="no recipe of the target fits"):
         plan(tiny("3"), tmp_path / "out", recipe_name="auto", max_size=100)
     with pytest.raises(NothingFits, match=r"w8g32-e8-rtn does not fit 0\.0 MB"):

@@ -15,6 +15,7 @@ def script() -> Iterator[Any]:
         yield module
 
 
+@pytest.mark.slow
 def test_tests_that_pass_are_named(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tests = tmp_path / "test_made_up.py"
     tests.write_text("def test_one():\n    import os\n    assert 'lvp_icd' in os.environ['VK_ICD_FILENAMES']\n")
@@ -22,6 +23,7 @@ def test_tests_that_pass_are_named(script: Any, tmp_path: Path, monkeypatch: pyt
     assert script.run() == {"test_one"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "told"),
     [("assert 1 == 2", "assert 1 == 2"), ("import pytest; pytest.skip('no device')", "skipped: test_one")],

@@ -253,7 +253,7 @@ def test_what_a_stopped_walk_kept_is_not_gone_on_with_when_it_is_damaged(
     assert "again" in caught.value.run
 
 
-@pytest.mark.parametrize("name", ["w4g32-e8-gptq", "w4g32-e8-tuned"])
+@pytest.mark.parametrize("name", ["w4g32-e8-gptq", pytest.param("w4g32-e8-tuned", marks=pytest.mark.slow)])
 def test_any_number_of_threads_finds_the_same_bits(
     tiny: Build, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -117,6 +117,7 @@ def test_the_memory_plan_is_what_shapes_predict(jetson: tuple[Model, Any]) -> No
     assert temporary["create_tir_paged_kv_cache"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("generation", "words", "options"), TINY)
 def test_the_plan_of_a_built_folder_is_what_was_written(
     tiny: Build, packed: Build, generation: str, words: str, options: dict[str, Any]
@@ -252,6 +253,7 @@ def test_a_report_is_read_as_it_was_written_and_a_damaged_one_is_corrupt(here: T
         report.read(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_no_rule_takes_is_a_fault_on_a_gpu(here: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgeq.backends.mlc import compiler, devices, schedules
 
@@ -263,6 +265,7 @@ def test_a_kernel_that_no_rule_takes_is_a_fault_on_a_gpu(here: Target, monkeypat
     assert "no schedule rule takes the kernel" in raised.value.why
 
 
+@pytest.mark.slow
 def test_a_kernel_with_more_threads_than_the_target_allows_is_a_fault(here: Target) -> None:
     from edgeq.backends.mlc import compiler, devices
 

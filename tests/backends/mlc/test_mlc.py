@@ -249,6 +249,7 @@ def test_a_bundle_of_the_official_compiler_runs_on_this_cpu(
     ]
 
 
+@pytest.mark.slow
 def test_a_model_is_really_compiled_for_this_cpu(tiny: Build, packed: Build, tmp_path: Path) -> None:
     words = "w4g32-e8-rtn-kv16"
     folder = copied(packed("3", words), tmp_path / "copy", isa=["of another machine"])
