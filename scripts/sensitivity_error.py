@@ -65,12 +65,9 @@ def changes(checkpoint: Checkpoint, tokens: NDArray[np.int32], seed: int, layout
                     lost = torch.from_numpy(
                         sensitivity._lost(checkpoint, name, recipe.layout(word))(slice(0, len(checkpoint.tensor(name))))
                     )
-                    found[name, word] = [
-                        ((written * (read @ lost.T)).sum(1).numpy(), sizes.numpy())
-                        for read, written, sizes in zip(
-                            layer.read[name], layer.written[name], layer.sizes[name], strict=True
-                        )
-                    ]
+                    moved = (layer.written[name] * (layer.read[name] @ lost.T)).sum(1)
+                    windows = zip(moved.reshape(tokens.shape).numpy(), layer.sizes[name].numpy(), strict=True)
+                    found[name, word] = list(windows)
     model.close()
     return found
 

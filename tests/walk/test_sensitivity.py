@@ -211,7 +211,7 @@ def test_a_loss_that_few_tokens_have_is_found_from_other_tokens(tiny: Build) -> 
     changes = (1e-5 * sizes * random.normal(size=sizes.shape)).astype(np.float32)
     seen = np.concatenate([row[window % 8 :: 8] for window, row in enumerate(changes)])
     of_both = costs_of(Checkpoint.open(tiny("3")), [(32, 512), (8, 512)])
-    found = of_both._mean(seen, [torch.from_numpy(row) for row in sizes])
+    found = of_both._mean(seen, torch.from_numpy(sizes))
     wanted = [np.square(1e-5 * sizes[part]).mean() / 2 for part in (slice(32), slice(32, None))]
     np.testing.assert_allclose(found, wanted, rtol=0.2)
     plain = [np.square(part).mean() / 2 for part in np.split(seen, [32 * 64])]
@@ -222,7 +222,7 @@ def test_tokens_without_a_gradient_cost_nothing(tiny: Build) -> None:
     import torch
 
     costs = costs_of(Checkpoint.open(tiny("3")), [(1, 16), (1, 16)])
-    sizes = [torch.zeros(16), torch.tensor([0.0, 2.0] * 8)]
+    sizes = torch.tensor([[0.0] * 16, [0.0, 2.0] * 8])
     found = costs._mean(np.array([0, 0, 0.2, 0.2], np.float32), sizes)
     np.testing.assert_allclose(found, [0, 0.01], rtol=1e-6)
 
@@ -264,21 +264,27 @@ def test_a_checkpoint_that_is_not_finite_is_named(tiny: Build, tmp_path: Path, m
 def test_one_token_of_so_many_is_looked_at_another_in_each_window(tiny: Build, tmp_path: Path, generation: str) -> None:
     checkpoint = Checkpoint.open(tiny(generation))
     tokens = windows.windows(checkpoint.folder, TEXT, 5, 30, checkpoint.model.vocab)
-    found: dict[int, list[tuple[dict[str, list[Any]], ...]]] = {}
+    found: dict[int, list[tuple[dict[str, Any], ...]]] = {}
     model = Layered(checkpoint)
     for watch in (1, 8):
         states = head.embed(head.exact(checkpoint, head.TABLE), tokens)
         between = gradients.forwards(model, states, tmp_path, quiet)
         slopes = head.slopes(model, states, 1)
         layers = gradients.backwards(model, slopes, between, quiet, watch=watch)
-        found[watch] = [(layer.read, layer.written) for layer in layers]
+        found[watch] = [(dict(layer.read), dict(layer.written), dict(layer.sizes)) for layer in layers]
     model.close()
-    for every, some in zip(found[1], found[8], strict=True):
+    for (*every, sizes), (*some, same) in zip(found[1], found[8], strict=True):
+        read, written = every
+        for name, size in sizes.items():
+            wanted = (read[name].norm(dim=1) * written[name].norm(dim=1)).reshape(5, 30)
+            np.testing.assert_allclose(size.numpy(), wanted.numpy(), rtol=1e-5)
+            np.testing.assert_array_equal(size.numpy(), same[name].numpy())
         for all_tokens, few in zip(every, some, strict=True):
             assert all_tokens.keys() == few.keys()
-            for name, seen in few.items():
-                for window, values in enumerate(seen):
-                    np.testing.assert_array_equal(values.numpy(), all_tokens[name][window][window::8].numpy())
+            for name, values in few.items():
+                windows_of = all_tokens[name].reshape(5, 30, -1)
+                wanted = np.concatenate([each[at::8].numpy() for at, each in enumerate(windows_of)])
+                np.testing.assert_array_equal(values.numpy(), wanted)
 
 
 def test_uneven_levels_lose_less_in_as_many_bytes(tiny: Build, tmp_path: Path) -> None:

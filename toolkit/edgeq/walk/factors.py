@@ -80,20 +80,17 @@ class Factors:
         self,
         model: Layered,
         solution: Solution | BlockSolution,
-        read: list[Any],
-        written: list[Any],
+        inputs: Any,
+        slopes: Any,
         rate: float,
         step: int,
     ) -> None:
         """One step of Adam, the `step`th from 1, against the gradient.
 
-        solution: with its factors; read, written: for each window what the matrix reads, and the gradient at what it
-        writes, tensors [length, inputs] and [length, outputs]. A weight is its scale times something, so the gradient
+        solution: with its factors; inputs, slopes: what the matrix reads, and the gradient at what it writes, tensors
+        [tokens, inputs] and [tokens, outputs]. A weight is its scale times something, so the gradient
         of the scale's logarithm is the sum over its weights of the gradient of each times what the scale gives to it.
         """
-        import torch
-
-        inputs, slopes = torch.cat(read), torch.cat(written)
         values, first, second = self._of(solution.name)
         rows = max(1, PIECE // inputs.shape[1])
 

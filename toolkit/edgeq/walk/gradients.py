@@ -32,15 +32,15 @@ class Backward:
     """What a walk backwards finds at one layer; gradients are those of the windows' log-likelihood.
 
     norms: of the gradient at each token of its output, float32 [windows, length]; read and written: for each matrix
-    that is watched what it reads, and the gradient at what it writes, a tensor [tokens, ...] for each window; sizes:
-    the norm of the one times that of the other, at all tokens, a tensor [length] for each window.
+    that is watched what it reads, and the gradient at what it writes, a tensor [tokens, ...] of the windows in their
+    order; sizes: the norm of the one times that of the other, at all tokens, a tensor [windows, length].
     """
 
     index: int
     norms: NDArray[np.float32]
-    read: dict[str, list[Any]] = field(default_factory=dict)
-    written: dict[str, list[Any]] = field(default_factory=dict)
-    sizes: dict[str, list[Any]] = field(default_factory=dict)
+    read: dict[str, Any] = field(default_factory=dict)
+    written: dict[str, Any] = field(default_factory=dict)
+    sizes: dict[str, Any] = field(default_factory=dict)
 
 
 def token_weights(
@@ -121,32 +121,53 @@ def _forward(model: Layered, index: int, states: NDArray[np.float32], between: N
 def _backward(
     model: Layered, index: int, slopes: NDArray[np.float32], between: NDArray[np.uint16], *, watch: int = 0
 ) -> Backward:
-    """Replace gradients after one layer by those before it."""
+    """Replace gradients after one layer by those before it.
+
+    Room for what is watched is made at once: among what each window needs for a while it would keep that from being
+    given back.
+    """
     import torch
 
     found = Backward(index, np.empty(slopes.shape[:2], np.float32))
+    count, length = found.norms.shape
+    watched = model.matrices(index) if watch else []
+    tokens = [slice(window % max(watch, 1), None, watch or None) for window in range(count)]
+    ends = np.cumsum([len(range(length)[each]) for each in tokens])
+    room = threading.Lock()
 
-    def back(window: int) -> Any:
+    def watch_one(window: int, name: str, read: Any, written: Any, same: str) -> None:
+        with room:
+            if name not in found.sizes:
+                shared = found.read.get(same)
+                found.read[name] = torch.empty(ends[-1], read.shape[1]) if shared is None else shared
+                found.written[name] = torch.empty(ends[-1], written.shape[1])
+                found.sizes[name] = torch.empty(count, length)
+        here = slice(ends[window] - len(range(length)[tokens[window]]), ends[window])
+        found.read[name][here] = read[tokens[window]]
+        found.written[name][here] = written[tokens[window]]
+        found.sizes[name][window] = read.norm(dim=1) * written.norm(dim=1)
+
+    def back(window: int) -> None:
         before = torch.from_numpy(between[index, window].copy()).view(torch.bfloat16).to(torch.float32)
-        watched = model.matrices(index) if watch else []
-        tokens = slice(window % max(watch, 1), None, watch or None)
         found.norms[window] = np.linalg.norm(slopes[window], axis=1)
-        slope, *seen = _pull_back(model, index, before, torch.from_numpy(slopes[window]), watched, tokens)
+        slope, seen = _pull_back(model, index, before, torch.from_numpy(slopes[window]), watched)
         slopes[window] = slope.numpy()
-        return seen
+        first: dict[int, str] = {}
+        for name, read, written in seen:
+            watch_one(window, name, read, written, first.setdefault(id(read), name))
 
     with model.layer(index):
-        for seen in model.parallel(back, range(len(slopes))):
-            for kept, values in zip((found.read, found.written, found.sizes), seen, strict=True):
-                for name in values:
-                    kept.setdefault(name, []).append(values[name])
+        model.parallel(back, range(count))
     return found
 
 
 def _pull_back(
-    model: Layered, index: int, before: Any, slope: Any, watched: Sequence[str], tokens: slice
-) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Gradient before a layer from that after it; what `Backward` says of each watched matrix, but at some tokens."""
+    model: Layered, index: int, before: Any, slope: Any, watched: Sequence[str]
+) -> tuple[Any, list[tuple[str, Any, Any]]]:
+    """Gradient before a layer from that after it; of each watched matrix its name, what it reads and the gradient.
+
+    The gradient is that at what it writes; both are tensors [length, ...].
+    """
     import torch
 
     seen: dict[int, list[tuple[str, Any, Any]]] = defaultdict(list)
@@ -162,14 +183,12 @@ def _pull_back(
             before = before.clone().requires_grad_(True)
             after = model.run(index, before)
             wanted = [before, *(output for _, _, output in seen[here])]
-            found, *slopes = torch.autograd.grad(after, wanted, slope.clone())
+            found, *written = torch.autograd.grad(after, wanted, slope.clone())
     finally:
         for hook in hooks:
             hook.remove()
-    names, inputs = [name for name, _, _ in seen[here]], [values.detach().flatten(0, -2) for _, values, _ in seen[here]]
-    slopes = [each.flatten(0, -2) for each in slopes]
-    once = {id(values): each[tokens].contiguous() for (_, values, _), each in zip(seen[here], inputs, strict=True)}
-    read = {name: once[id(values)] for name, values, _ in seen[here]}
-    written = {name: each[tokens].contiguous() for name, each in zip(names, slopes, strict=True)}
-    sizes = {name: x.norm(dim=1) * g.norm(dim=1) for name, x, g in zip(names, inputs, slopes, strict=True)}
-    return found, read, written, sizes
+    inputs = {id(values): values.detach().flatten(0, -2) for _, values, _ in seen[here]}
+    return found, [
+        (name, inputs[id(values)], each.flatten(0, -2))
+        for (name, values, _), each in zip(seen[here], written, strict=True)
+    ]

@@ -84,8 +84,8 @@ def measure(
         del states
         give_back()
         for layer in gradients.backwards(model, slopes, between, progress, watch=APART):
-            costs.of_layer(layer, feedback=feedback)
             give_back()
+            costs.of_layer(layer, feedback=feedback)
         costs.of_tables(final, tokens, slopes)
     finally:
         model.close()
@@ -125,11 +125,8 @@ class _Costs:
 
     def of_layer(self, layer: Backward, *, feedback: bool) -> None:
         """Find what the units of a layer cost, from what they read and the gradients at what they write."""
-        import torch
-
-        for first in filter(layer.read.__contains__, self._units):
-            names = self._units[first]
-            seen = {name: (torch.cat(layer.read.pop(name)), torch.cat(layer.written.pop(name))) for name in names}
+        for first in [first for first in self._units if first in layer.read]:
+            seen = {name: (layer.read.pop(name), layer.written.pop(name)) for name in self._units[first]}
             parts = seen[first][0].split(self._seen)
             share = np.array([left_over(self._model, each) if feedback else 1.0 for each in parts])
             self._of_unit(first, seen, layer.sizes, share)
@@ -179,10 +176,10 @@ class _Costs:
             for group, cost in zip(self._groups(name), costs[len(lost) :], strict=True):
                 self._activations[name, group] = cost
 
-    def _mean(self, changes: NDArray[np.float32], sizes: Sequence[Any]) -> NDArray[np.float64]:
-        """Mean divergence of each text by changes at the tokens that are seen, and sizes at all, of each window."""
-        seen = np.concatenate([each[window % APART :: APART].numpy() for window, each in enumerate(sizes)])
-        every = np.concatenate([each.numpy() for each in sizes])
+    def _mean(self, changes: NDArray[np.float32], sizes: Any) -> NDArray[np.float64]:
+        """Mean divergence of each text by changes at the tokens that are seen, and sizes [windows, length] at all."""
+        seen = np.concatenate([each[window % APART :: APART] for window, each in enumerate(sizes.numpy())])
+        every = sizes.numpy().reshape(-1)
         relative = np.divide(_divergence(changes), seen, out=np.zeros(len(seen)), where=seen > 0)
         squares = [np.square(each, dtype=np.float64).mean() for each in _parts(every, self._tokens)]
         parts = zip(_parts(relative, self._seen), _parts(seen, self._seen), squares, strict=True)
