@@ -46,7 +46,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as out:
             words = [sys.executable, "-m", "edgeq.cli", "build", str(folder), "--target", "host", "--recipe", wanted]
             words += ["--backend", options.backend, "-o", f"{out}/bundle", *(["--dry-run"] if dry else [])]
-            cost = child.run(words, os.environ)
+            cost = child.run(words, os.environ | {"XDG_CACHE_HOME": out})  # nothing that was measured before
         peak = show_bytes(cost.peak_anonymous_bytes)
         print(f"| {name} | {show_bytes(predicted)} | {peak} | {cost.wall_s:.0f} s | {cost.cpu_s:.0f} s |", flush=True)
     print(f"\n{options.model}, {options.layers} layers, {options.backend}; {this_machine().cpu_model}")

@@ -8,7 +8,7 @@ rounds x to x + e before it multiplies changes it by g . (W e) besides.
 
 A few tokens have most of the loss, those where |x| and |g| are large, and D x is made at some tokens alone: what is
 found there is taken relative to |x| |g|, which is known of all (a ratio estimator: Cochran 1977, Sampling Techniques,
-6). On the demos the loss of a matrix came out as exactly as with D x at all tokens, or at every other one.
+6). On the demos the loss of a matrix came out as exactly as with D x at every other token.
 """
 
 from __future__ import annotations
