@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from checkpoints import GENERATIONS, Build, quiet
 from edgeq import accuracy, data, transformer
+from edgeq.backends.base import Progress
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import CorruptInput, Interrupted
 from edgeq.quantize.kept import Solutions
@@ -154,6 +155,16 @@ def test_tokens_matter_as_autograd_over_the_whole_model_says(layered: Layered, t
     np.testing.assert_allclose(weights, wanted, rtol=0.03, atol=0.01)  # states between layers are kept in 16 bits
 
 
+def stop_at(phase: str, layer: int) -> Progress:
+    """Progress that is interrupted there."""
+
+    def stop(seen: str, done: int, total: int) -> None:
+        if (seen, done) == (phase, layer):
+            raise Interrupted("stopped")
+
+    return stop
+
+
 @each_generation
 @pytest.mark.parametrize("name", ["w4g32-e8-gptq", "w4g32-e8-guided"])
 def test_a_walk_that_was_stopped_goes_on_to_the_same_bits_and_solves_no_layer_twice(
@@ -162,12 +173,8 @@ def test_a_walk_that_was_stopped_goes_on_to_the_same_bits_and_solves_no_layer_tw
     checkpoint = Checkpoint.open(tiny(generation))
     straight = walked(checkpoint, name, tmp_path / "straight")
 
-    def stop(phase: str, done: int, total: int) -> None:
-        if (phase, done) == ("layers", 1):
-            raise Interrupted("stopped")
-
     with pytest.raises(Interrupted):
-        walked(checkpoint, name, tmp_path / "stopped", stop)
+        walked(checkpoint, name, tmp_path / "stopped", stop_at("layers", 1))
     solved: list[str] = []
     keep = Solutions.keep
 
@@ -192,12 +199,8 @@ def test_gradients_that_were_stopped_go_on_at_the_same_layer_to_the_same_bits(
     checkpoint = Checkpoint.open(tiny("3"))
     straight = walked(checkpoint, "w4g32-e8-guided", tmp_path / "straight")
 
-    def stop(phase: str, done: int, total: int) -> None:
-        if (phase, done) == ("gradients", layer):
-            raise Interrupted("stopped")
-
     with pytest.raises(Interrupted):
-        walked(checkpoint, "w4g32-e8-guided", tmp_path / "stopped", stop)
+        walked(checkpoint, "w4g32-e8-guided", tmp_path / "stopped", stop_at("gradients", layer))
     seen: list[int] = []
 
     def note(phase: str, done: int, total: int) -> None:
@@ -218,12 +221,8 @@ def test_gradients_that_were_stopped_are_not_gone_on_with_when_they_are_damaged(
 ) -> None:
     checkpoint = Checkpoint.open(tiny("3"))
 
-    def stop(phase: str, done: int, total: int) -> None:
-        if (phase, done) == ("gradients", 1):
-            raise Interrupted("stopped")
-
     with pytest.raises(Interrupted):
-        walked(checkpoint, "w4g32-e8-guided", tmp_path / "stopped", stop)
+        walked(checkpoint, "w4g32-e8-guided", tmp_path / "stopped", stop_at("gradients", 1))
     (tmp_path / "stopped" / "gradients" / broken).write_bytes(b"damaged")
     with pytest.raises(CorruptInput, match="not what a walk kept"):
         walked(checkpoint, "w4g32-e8-guided", tmp_path / "stopped")
@@ -237,12 +236,8 @@ def test_what_a_stopped_walk_kept_is_not_gone_on_with_when_it_is_damaged(
 ) -> None:
     checkpoint = Checkpoint.open(tiny("3"))
 
-    def stop(phase: str, done: int, total: int) -> None:
-        if (phase, done) == ("layers", 1):
-            raise Interrupted("stopped")
-
     with pytest.raises(Interrupted):
-        walked(checkpoint, "w4g32-e8-guided", tmp_path / "kept", stop)
+        walked(checkpoint, "w4g32-e8-guided", tmp_path / "kept", stop_at("layers", 1))
     if broken.startswith("model."):
         (tmp_path / "kept" / f"{broken}.npz").unlink()
     else:
