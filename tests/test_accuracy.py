@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -81,11 +81,15 @@ def test_a_constant_added_to_the_logits_changes_nothing() -> None:
 
 @settings(max_examples=50)
 @given(st.integers(0, 2**32), st.integers(1, VOCAB - 1))
+@example(97118, VOCAB - 1)  # a tail of 6e-7, of 8e-9 by the other model
 def test_keeping_fewer_tokens_never_raises_the_divergence(seed: int, k: int) -> None:
     ours, theirs = random_logits(seed), random_logits(seed + 1)
     full = accuracy.compare(reference_of([ours]), 0, theirs).kl
     kept = accuracy.compare(reference_of([ours], k), 0, theirs).kl
-    assert (kept <= full + 1e-5).all()
+    order = np.argsort(-exact_log_softmax(ours[:-1]), axis=1)[:, k:]
+    p, q = (np.exp(np.take_along_axis(exact_log_softmax(each[:-1]), order, axis=1)).sum(1) for each in (ours, theirs))
+    unknown = np.where(q > 1e-6, 1e-7 * p / q, p * np.log(q / accuracy._TINY))  # of 1 the kept ones leave q +- 1e-7
+    assert (kept <= full + 1e-5 + unknown).all()
     assert (kept >= -1e-12).all()
 
 
