@@ -249,6 +249,7 @@ def test_sampled_windows_are_the_model_s_own_and_the_same_each_time(
     assert (found < checkpoint.model.vocab).all()
 
 
+@pytest.mark.slow
 def test_importance_is_the_mean_square_of_each_input(tiny: Build) -> None:
     pytest.importorskip("llama_cpp")
     import torch

@@ -159,7 +159,10 @@ def test_a_manifest_records_the_text_and_nothing_else_is_left(tiny: Build, tmp_p
     assert hidden(tmp_path) == []
 
 
-@pytest.mark.parametrize(("name", "count", "fitted"), [("w4g32-e8-guided", 2, 3), ("w4g32-e8-tuned", 5, 3)])
+@pytest.mark.parametrize(
+    ("name", "count", "fitted"),
+    [("w4g32-e8-guided", 2, 3), pytest.param("w4g32-e8-tuned", 5, 3, marks=pytest.mark.slow)],
+)
 def test_scales_are_tuned_over_more_windows_than_matrices_are_fitted_to(
     tiny: Build, tmp_path: Path, text: Path, name: str, count: int, fitted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

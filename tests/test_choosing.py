@@ -291,7 +291,9 @@ def test_a_mix_is_measured_on_windows_of_the_text_and_a_quarter_as_many_of_rando
     assert found.options == mix.hedged(of_text, of_drawn) != of_text
 
 
-@pytest.mark.parametrize(("name", "count"), [("mix7.5-guided", 2), ("mix7.5-tuned", 5)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("mix7.5-guided", 2), pytest.param("mix7.5-tuned", 5, marks=pytest.mark.slow)]
+)
 def test_a_preview_measures_over_the_windows_that_a_build_would(
     tiny: Build, tmp_path: Path, name: str, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +317,7 @@ def test_a_preview_measures_over_the_windows_that_a_build_would(
     assert bundle.read(tmp_path / "bundle").layouts == {each: word.name for each, word in previewed.recipe.chosen}
 
 
+@pytest.mark.slow
 def test_another_budget_or_method_takes_what_was_measured_and_another_model_or_text_is_measured(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

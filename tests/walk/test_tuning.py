@@ -112,6 +112,7 @@ def stop_in_the_second_pass(phase: str, done: int, total: int) -> None:
         raise Interrupted("stopped")
 
 
+@pytest.mark.slow
 def test_tuning_that_was_stopped_goes_on_after_its_last_pass_to_the_same_bits(tiny: Build, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tiny("3"))
     straight = walked(checkpoint, tmp_path / "straight")

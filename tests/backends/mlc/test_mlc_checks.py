@@ -231,6 +231,7 @@ def test_a_library_that_ends_the_process_is_a_fault(monkeypatch: pytest.MonkeyPa
     assert checks.ask(report=False) == Engine(dict(PINS))
 
 
+@pytest.mark.slow
 def test_the_installed_tvm_answers() -> None:
     pytest.importorskip("tvm", reason="apache-tvm is not installed")
     found = checks.ask(report=True)
