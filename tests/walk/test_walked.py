@@ -215,7 +215,7 @@ def test_gradients_that_were_stopped_go_on_at_the_same_layer_to_the_same_bits(
     assert not (tmp_path / "stopped" / "gradients").exists()
 
 
-@pytest.mark.parametrize("broken", ["ahead.json", "ahead.1.npy"])
+@pytest.mark.parametrize("broken", ["ahead.json", "ahead.1.npy", "between", "norms"])
 def test_gradients_that_were_stopped_are_not_gone_on_with_when_they_are_damaged(
     tiny: Build, tmp_path: Path, broken: str
 ) -> None:

@@ -54,8 +54,9 @@ def token_weights(
     """
     count = model.count
     ahead = Stepped(folder, "ahead", lambda: head.embed(head.exact(model.checkpoint, head.TABLE), tokens))
-    between = scratch.kept(folder / "between", (count, *ahead.values.shape), np.uint16)
-    norms = scratch.kept(folder / "norms", (count, *tokens.shape))
+    begun = ahead.done > 0
+    between = scratch.kept(folder / "between", (count, *ahead.values.shape), np.uint16, begun=begun)
+    norms = scratch.kept(folder / "norms", (count, *tokens.shape), begun=begun)
     while ahead.done < count:
         progress("gradients", ahead.done, 2 * count)
         with ahead.step() as states:

@@ -10,6 +10,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq.errors import CorruptInput
+
 _ZEROS = 1 << 24
 
 
@@ -20,13 +22,25 @@ def unnamed(folder: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.f
         return np.memmap(stream, dtype, "r+", shape=shape)
 
 
-def kept(path: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> np.memmap[Any, Any]:
-    """What a file holds, or zeros in a new one; raises OSError when the disk has no room."""
+def kept(
+    path: Path, shape: tuple[int, ...], dtype: type[np.generic] = np.float32, *, begun: bool
+) -> np.memmap[Any, Any]:
+    """Zeros in a new file, or what one that was begun holds.
+
+    Raises OSError when the disk has no room, CorruptInput when what was begun has another size.
+    """
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if not path.is_file() or path.stat().st_size != size:
+    if not begun:
         with path.open("wb") as stream:
             _reserve(stream, size)
+    elif not path.is_file() or path.stat().st_size != size:
+        raise damaged(path.parent, f"{path.name} has not {size} bytes")
     return np.memmap(path, dtype, "r+", shape=shape)
+
+
+def damaged(folder: Path, why: str) -> CorruptInput:
+    """Error for a folder whose files are not what a walk kept there."""
+    return CorruptInput(f"{folder}: not what a walk kept", why=why, run="edgeq build ... again, from the start")
 
 
 def moved(folder: Path, values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.errors import CorruptInput
 from edgeq.walk import scratch
 
 
@@ -30,9 +29,7 @@ class Stepped:
             self.done = int(self._marker.read_text())
             self.values = np.load(self._path(self.done), mmap_mode="c")
         except (ValueError, TypeError, EOFError, FileNotFoundError) as error:
-            raise CorruptInput(
-                f"{folder}: not what a walk kept", why=str(error), run="edgeq build ... again, from the start"
-            ) from error
+            raise scratch.damaged(folder, str(error)) from error
 
     @contextmanager
     def step(self) -> Iterator[NDArray[np.float32]]:
