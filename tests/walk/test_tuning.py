@@ -137,5 +137,5 @@ def test_factors_that_are_damaged_are_not_gone_on_with(tiny: Build, tmp_path: Pa
     with pytest.raises(Interrupted):
         walked(checkpoint, tmp_path / "kept", stop_in_the_second_pass)
     (tmp_path / "kept" / broken).write_bytes(b"{")
-    with pytest.raises(CorruptInput, match="tuning kept"):
+    with pytest.raises(CorruptInput, match="not what a walk kept"):
         walked(checkpoint, tmp_path / "kept")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,64 +12,49 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq.errors import CorruptInput
 from edgeq.quantize.kept import Solutions
 from edgeq.quantize.solution import BlockSolution, Solution
 from edgeq.quantize.solve import PIECE, part
-from edgeq.walk import scratch
 from edgeq.walk.layered import Layered
+from edgeq.walk.stepped import Stepped
 
 Quantized = TypeVar("Quantized", bound=Solution | BlockSolution)
-_EPOCH = "tuning.json"
 _DECAY, _SQUARE_DECAY, _TINY = 0.9, 0.99, 1e-12
 
 
 class Factors:
     """Logarithms of factors, one for each scale of each matrix, with Adam's moments (https://arxiv.org/abs/1412.6980).
 
-    epoch: passes over the text that they have seen. A GGML layout's factors are of the scales and minimums of whole
-    blocks, its small integers stay.
+    epoch: passes over the text that they have seen, of which `folder` keeps the last. A GGML layout's factors are of
+    the scales and minimums of whole blocks, its small integers stay. Raises CorruptInput when what was kept cannot be
+    read.
     """
 
-    def __init__(self, solutions: Solutions, names: Sequence[str]) -> None:
-        self.epoch, self._places, total = 0, dict[str, tuple[int, tuple[int, ...]]](), 0
+    def __init__(self, solutions: Solutions, names: Sequence[str], folder: Path) -> None:
+        self._places, total = dict[str, tuple[int, tuple[int, ...]]](), 0
         for name in names:
             parts = _scales(solutions(name))
             shape = (len(parts), *next(iter(parts.values())).shape)
             self._places[name] = total, shape
             total += math.prod(shape)
-        self._values: NDArray[np.float32] = np.zeros((3, total), np.float32)
+        self._kept = Stepped(folder, "tuning", (3, total), lambda: np.zeros((3, total), np.float32))
+        self._values = self._kept.values
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the text that were finished."""
+        return self._kept.done
 
     @property
     def names(self) -> list[str]:
         """Matrices that have factors."""
         return list(self._places)
 
-    def load(self, folder: Path) -> None:
-        """Go on with what `save` kept, if anything; raises CorruptInput when it cannot be read."""
-        if not (folder / _EPOCH).is_file():
-            return
-        try:
-            self.epoch = int((folder / _EPOCH).read_text())
-            values: NDArray[np.float32] = np.load(_path(folder, self.epoch), mmap_mode="c")
-            self._values = values.reshape(self._values.shape)
-        except (ValueError, TypeError, EOFError, FileNotFoundError) as error:
-            raise CorruptInput(
-                f"{folder}: not the factors that tuning kept",
-                why=str(error),
-                run="edgeq build ... again, from the start",
-            ) from error
-
-    def begin(self, folder: Path) -> None:
-        """Begin a pass: changes go to a file of their own, what `save` kept stays as it is."""
-        self._values = scratch.copied(_path(folder, self.epoch + 1), self._values)
-
-    def save(self, folder: Path) -> None:
-        """Keep what a pass found, in one step."""
-        assert isinstance(self._values, np.memmap)
-        self._values.flush()
-        self.epoch += 1
-        scratch.mark(folder / _EPOCH, self.epoch)
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """A pass over the text: what it finds is kept when the block ends well."""
+        with self._kept.step() as self._values:
+            yield
 
     def applied(self, solution: Quantized) -> Quantized:
         """A solution with its scales multiplied."""
@@ -126,7 +112,3 @@ def _given(solution: Solution | BlockSolution) -> list[NDArray[np.float32]]:
         kinds = [replace(solution, super_minimums=nothing), replace(solution, super_scales=nothing)]
         return [kind.dequantize() for kind in kinds]
     return [solution.dequantize()]
-
-
-def _path(folder: Path, epoch: int) -> Path:
-    return folder / f"tuning.{epoch % 2}.npy"

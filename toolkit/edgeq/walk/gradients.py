@@ -52,17 +52,17 @@ def token_weights(
     three to twelve times as large on the demos. Walks forwards and backwards; states are in files of `folder`, those
     between layers with 2 bytes a value, and a walk that was stopped goes on there after the last finished layer.
     """
-    count = model.count
-    ahead = Stepped(folder, "ahead", lambda: head.embed(head.exact(model.checkpoint, head.TABLE), tokens))
+    count, shape = model.count, (*tokens.shape, model.checkpoint.model.hidden)
+    ahead = Stepped(folder, "ahead", shape, lambda: head.embed(head.exact(model.checkpoint, head.TABLE), tokens))
     begun = ahead.done > 0
-    between = scratch.kept(folder / "between", (count, *ahead.values.shape), np.uint16, begun=begun)
+    between = scratch.kept(folder / "between", (count, *shape), np.uint16, begun=begun)
     norms = scratch.kept(folder / "norms", (count, *tokens.shape), begun=begun)
     while ahead.done < count:
         progress("gradients", ahead.done, 2 * count)
         with ahead.step() as states:
             _forward(model, ahead.done, states, between)
             between.flush()
-    back = Stepped(folder, "back", lambda: head.slopes(model, ahead.values, _SEED))
+    back = Stepped(folder, "back", shape, lambda: head.slopes(model, ahead.values, _SEED))
     while back.done < count:
         progress("gradients", count + back.done, 2 * count)
         index = count - 1 - back.done

@@ -15,11 +15,13 @@ from edgeq.walk import scratch
 class Stepped:
     """Float32 values in two files of a folder in turn: a step that is stopped leaves what the ones before it made.
 
-    begin: the values before the first step, if none were kept. values: those after `done` steps, which only a step may
-    change. Raises CorruptInput when what was kept cannot be read.
+    shape: of the values; begin: those before the first step, if none were kept. values: those after `done` steps, which
+    only a step may change. Raises CorruptInput when what was kept cannot be read.
     """
 
-    def __init__(self, folder: Path, name: str, begin: Callable[[], NDArray[np.float32]]) -> None:
+    def __init__(
+        self, folder: Path, name: str, shape: tuple[int, ...], begin: Callable[[], NDArray[np.float32]]
+    ) -> None:
         self._folder, self._name, self.done = folder, name, 0
         if not self._marker.is_file():
             self.values = scratch.copied(self._path(0), begin())
@@ -27,7 +29,8 @@ class Stepped:
             return
         try:
             self.done = int(self._marker.read_text())
-            self.values = np.load(self._path(self.done), mmap_mode="c")
+            values: NDArray[np.float32] = np.load(self._path(self.done), mmap_mode="c")
+            self.values = values.reshape(shape)
         except (ValueError, TypeError, EOFError, FileNotFoundError) as error:
             raise scratch.damaged(folder, str(error)) from error
 

@@ -40,8 +40,7 @@ def tune(exact: Layered, solutions: Solutions, tokens: NDArray[np.int32], progre
     length = min(LENGTH, tokens.shape[1])
     windows = tokens[:, : tokens.shape[1] // length * length].reshape(-1, length)
     names = [name for index in range(exact.count) for name in exact.matrices(index)]
-    factors = Factors(solutions, names)
-    factors.load(folder)
+    factors = Factors(solutions, names, folder)
     targets = scratch.moved(folder, head.embed(head.exact(exact.checkpoint, head.TABLE), windows))
     exact.through(targets, "teacher", progress)
     quantized = Layered(exact.checkpoint, lambda name: factors.applied(solutions(name)).dequantize())
@@ -50,13 +49,12 @@ def tune(exact: Layered, solutions: Solutions, tokens: NDArray[np.int32], progre
         count = -(-len(windows) // WINDOWS)
         while factors.epoch < EPOCHS:
             order = np.random.default_rng((_SEED, factors.epoch)).permutation(len(windows))
-            factors.begin(folder)
-            for index in range(count):
-                done = factors.epoch * count + index
-                progress("tuning", done, EPOCHS * count)
-                batch = order[index * WINDOWS : (index + 1) * WINDOWS]
-                step(windows[batch], targets[batch], done, EPOCHS * count)
-            factors.save(folder)
+            with factors.passing():
+                for index in range(count):
+                    done = factors.epoch * count + index
+                    progress("tuning", done, EPOCHS * count)
+                    batch = order[index * WINDOWS : (index + 1) * WINDOWS]
+                    step(windows[batch], targets[batch], done, EPOCHS * count)
         progress("tuning", EPOCHS * count, EPOCHS * count)
     finally:
         quantized.close()
