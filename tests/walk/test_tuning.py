@@ -16,12 +16,13 @@ from edgeq.quantize.solution import BlockSolution
 from edgeq.quantize.solve import solve
 from edgeq.recipe import Recipe, parse
 from edgeq.size import TABLES, is_quantized
-from edgeq.walk import factors, run, tuning, windows
+from edgeq.walk import factors, gradients, head, run, tuning, windows
 from edgeq.walk.factors import Factors
 from edgeq.walk.layered import Layered
 from edgeq.walk.run import Walked
 
 TOKENS = np.random.default_rng(3).integers(0, 256, (5, 48)).astype(np.int32)
+STEPS = -(-len(TOKENS) // tuning.WINDOWS)
 TEXT = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")[:2000]
 
 
@@ -87,6 +88,47 @@ def test_factors_move_along_the_gradient_of_the_whole_models_divergence(
         assert np.linalg.norm(found - wanted[each]) < 0.03 * np.linalg.norm(wanted[each]), each  # states in 16 bits
 
 
+def test_divergences_of_windows_are_those_of_their_logits_and_their_gradients_are_of_the_mean(tiny: Build) -> None:
+    checkpoint = Checkpoint.open(tiny("3"))
+    model, rng = Layered(checkpoint), np.random.default_rng(4)
+    wanted, states = rng.standard_normal((2, 3, 16, checkpoint.model.hidden)).astype(np.float32)
+    rows = head.exact(checkpoint, head.output(checkpoint))
+    slopes, lost = head.divergence_slopes(model, wanted, states, rows, rows)
+    table = torch.from_numpy(rows(slice(0, checkpoint.model.vocab)))
+    here = torch.from_numpy(states).requires_grad_(True)
+    of, other = (torch.log_softmax(model.final_norm(each) @ table.T, -1) for each in (torch.from_numpy(wanted), here))
+    divergence = (of.exp() * (of - other)).sum(-1).mean(-1)
+    divergence.mean().backward()
+    model.close()
+    np.testing.assert_allclose(lost, divergence.detach().numpy(), rtol=1e-4)
+    assert here.grad is not None
+    np.testing.assert_allclose(slopes, here.grad.numpy(), atol=1e-3 * float(here.grad.abs().max()))
+
+
+def test_a_window_counts_by_what_the_others_lose_at_most(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(tiny("3"))
+    losses, seen = iter([1.0, 1.0, 2.0, 40.0, 1.0, 1.0] * tuning.EPOCHS), list[float]()
+
+    def slopes(model: Layered, targets: object, states: NDArray[np.float32], *rows: object) -> object:
+        return np.ones_like(states), [next(losses) for _ in states]
+
+    def backwards(model: Layered, slopes: NDArray[np.float32], *words: object, **more: object) -> list[object]:
+        assert (slopes == slopes[:, :1, :1]).all()
+        seen.extend(slopes[:, 0, 0].tolist())
+        return []
+
+    monkeypatch.setattr(head, "divergence_slopes", slopes)
+    monkeypatch.setattr(gradients, "backwards", backwards)
+    exact = Layered(checkpoint)
+    tuning.tune(
+        exact, rounded(checkpoint, parse("w4g32-e8-tuned"), tmp_path / "kept"), TOKENS[[0, 1, 2, 3, 4, 0]], quiet
+    )
+    exact.close()
+    assert seen == pytest.approx([1, 1, 1.5 / 2, 1.5 * 1.5 / 40, 1, 1] * tuning.EPOCHS)
+
+
 @pytest.mark.parametrize("name", ["w4g32-e8-tuned", "q4_1-e8-tuned"])
 def test_tuning_changes_scales_alone_and_leaves_the_tables(tiny: Build, tmp_path: Path, name: str) -> None:
     checkpoint = Checkpoint.open(tiny("2.5", tied=False))
@@ -108,7 +150,7 @@ def walked(checkpoint: Checkpoint, folder: Path, progress: object = quiet) -> Wa
 
 
 def stop_in_the_second_pass(phase: str, done: int, total: int) -> None:
-    if (phase, done) == ("tuning", 3):
+    if (phase, done) == ("tuning", STEPS + 1):
         raise Interrupted("stopped")
 
 
@@ -125,7 +167,7 @@ def test_tuning_that_was_stopped_goes_on_after_its_last_pass_to_the_same_bits(ti
             steps.append(done)
 
     again = walked(checkpoint, tmp_path / "stopped", note)
-    assert steps == list(range(2, 2 * tuning.EPOCHS + 1))
+    assert steps == list(range(STEPS, STEPS * tuning.EPOCHS + 1))
     assert again.weights_only == straight.weights_only
     for each in filter(is_quantized, checkpoint.model.tensors()):
         np.testing.assert_array_equal(again.solutions.values(each), straight.solutions.values(each), err_msg=each)

@@ -84,18 +84,32 @@ def slopes(model: Layered, hidden: NDArray[np.float32], seed: int) -> NDArray[np
 
 def divergence_slopes(
     model: Layered, exact_hidden: NDArray[np.float32], hidden: NDArray[np.float32], exact_rows: Rows, rows: Rows
-) -> NDArray[np.float32]:
+) -> tuple[NDArray[np.float32], list[float]]:
     """Gradients of the mean KL divergence from a float model's predictions, with respect to another's states.
 
-    Both are states [windows, length, hidden] after the last layer, each with the rows of its output layer.
+    Both are states [windows, length, hidden] after the last layer, each with the rows of its output layer. Beside the
+    gradients the mean divergence of each window, nats per token.
     """
-    found = np.empty_like(hidden)
+    found, lost = np.empty_like(hidden), []
     for window, (wanted, states) in enumerate(zip(exact_hidden, hidden, strict=True)):
-        slope = _chances(logits(model, states, rows))
-        slope -= _chances(logits(model, wanted, exact_rows))
+        slope, chances = _logarithms(logits(model, states, rows)), _logarithms(logits(model, wanted, exact_rows))
+        apart = chances - slope
+        np.exp(chances, out=chances)
+        lost.append(float(np.einsum("ij,ij->", chances, apart)) / len(apart))
+        del apart
+        np.exp(slope, out=slope)
+        slope -= chances
         slope /= hidden.shape[0] * hidden.shape[1]
         found[window] = _before_norm(model, states, _times(model, slope, rows))
-    return found
+    return found, lost
+
+
+def _logarithms(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logarithms of the probabilities of logits [n, vocabulary], in their place."""
+    scores -= scores.max(axis=1, keepdims=True)
+    for row in scores:
+        row -= np.log(np.exp(row).sum())
+    return scores
 
 
 def _chances(scores: NDArray[np.float32]) -> NDArray[np.float32]:
