@@ -6,7 +6,8 @@ here with the float model as the teacher). Each scale is multiplied by exp(x), a
 (https://arxiv.org/abs/1412.6980) finds the x. Both models are walked a layer at a time.
 
 Few windows lose many times what others do, and jump with any small change of the weights. Their gradients are clipped
-(https://arxiv.org/abs/1211.5063): a window counts as if it lost 1.5 times the median of those before it at most.
+(https://arxiv.org/abs/1211.5063): a window counts as if it lost at most 1.5 times the median of the last 64, itself
+among them.
 """
 
 from __future__ import annotations
