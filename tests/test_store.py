@@ -359,10 +359,10 @@ def test_a_walk_survives_what_another_run_may_mend(tmp_path: Path, error: Except
 def test_a_walk_that_goes_on_has_no_file_that_was_being_written(tmp_path: Path) -> None:
     folder = tmp_path / ".edgeq.walk.key"
     (folder / "tuned").mkdir(parents=True)
-    for name in ("done.npz", "some.123.partial", "tuned/other.123.partial"):
+    for name in ("done.zip", "some.123.partial", "tuned/other.123.partial"):
         (folder / name).touch()
     with store.resumable(tmp_path, "key") as again:
-        assert [path.name for path in again.rglob("*") if path.is_file()] == ["done.npz"]
+        assert [path.name for path in again.rglob("*") if path.is_file()] == ["done.zip"]
 
 
 @pytest.mark.parametrize(

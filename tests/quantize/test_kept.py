@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import ast
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -36,11 +38,26 @@ def test_what_is_kept_comes_back_exactly(tiny: Build, tmp_path: Path, word: str)
     solution = Solutions(checkpoint, wanted)(MATRIX)
     there = Solutions(checkpoint, wanted, tmp_path)
     there.keep(solution)
-    assert [path.name for path in tmp_path.iterdir()] == [f"{MATRIX}.npz"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{MATRIX}.zip"]
     for field, value in vars(there(MATRIX)).items():
         np.testing.assert_array_equal(value, getattr(solution, field), err_msg=field)
     np.testing.assert_array_equal(there.rows(MATRIX)(np.array([3, 0])), solution.dequantize()[[3, 0]])
     np.testing.assert_array_equal(there.values(MATRIX), solution.dequantize())
+
+
+@pytest.mark.parametrize("word", ["w4ag32-e16-mse", "iq4_nl-eiq4_nl-rtn"])
+def test_threads_that_read_what_is_kept_parse_no_python(
+    tiny: Build, tmp_path: Path, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if word in GGML:
+        pytest.importorskip("llama_cpp", reason="ggml rounds its layouts itself", exc_type=ImportError)
+    there = Solutions(Checkpoint.open(tiny("3")), recipe.parse(word), tmp_path)
+    there.keep(there(MATRIX))
+
+    parse = Mock(wraps=ast.parse)
+    monkeypatch.setattr(ast, "parse", parse)
+    there(MATRIX)
+    parse.assert_not_called()
 
 
 def test_a_matrix_that_was_not_kept_is_solved(tiny: Build, tmp_path: Path) -> None:
@@ -60,7 +77,7 @@ def test_a_table_of_floats_is_rounded_to_its_type(tiny: Build) -> None:
 @pytest.mark.parametrize("damage", [b"", b"PK", b"half", b"flipped", b"other"])
 def test_a_kept_file_that_is_damaged_is_refused_with_its_name(tiny: Build, tmp_path: Path, damage: bytes) -> None:
     checkpoint, wanted = Checkpoint.open(tiny("3")), recipe.parse("w4g32-e8-rtn")
-    there, path = Solutions(checkpoint, wanted, tmp_path), tmp_path / f"{MATRIX}.npz"
+    there, path = Solutions(checkpoint, wanted, tmp_path), tmp_path / f"{MATRIX}.zip"
     there.keep(part(there(MATRIX), slice(None)))
     sound = path.read_bytes()
     middle = len(sound) // 3

@@ -239,7 +239,7 @@ def test_what_a_stopped_walk_kept_is_not_gone_on_with_when_it_is_damaged(
     with pytest.raises(Interrupted):
         walked(checkpoint, "w4g32-e8-guided", tmp_path / "kept", stop_at("layers", 1))
     if broken.startswith("model."):
-        (tmp_path / "kept" / f"{broken}.npz").unlink()
+        (tmp_path / "kept" / f"{broken}.zip").unlink()
     else:
         (tmp_path / "kept" / broken).write_bytes(b"{")
     with pytest.raises(CorruptInput, match="kept") as caught:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,8 @@ class Solutions:
             return solve(self._checkpoint, self._recipe, name)
         layout = layout_of(self._checkpoint.model, self._recipe, name)
         try:
-            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-                return _read(arrays, layout, name)
+            with zipfile.ZipFile(path) as file:
+                return _read(file, layout, name, outputs=self._checkpoint.model.tensors()[name][0])
         except (ValueError, KeyError, EOFError, FileNotFoundError, zipfile.BadZipFile, zlib.error) as error:
             raise CorruptInput(
                 f"{path}: not a solution that was kept", why=str(error), run="edgeq build ... again, from the start"
@@ -65,23 +65,35 @@ class Solutions:
         path = self._path(solution.name)
         assert path is not None
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as stream:
-            if isinstance(solution, BlockSolution):
-                np.savez(stream, blocks=ggml.pack(solution))
-            else:
-                codes, scales = _packed(solution.codes, solution.bits), solution.scales.astype(np.float16)
-                np.savez(stream, codes=codes, scales=scales, zero_points=solution.zero_points)
+        arrays: dict[str, NDArray[Any]]
+        if isinstance(solution, BlockSolution):
+            arrays = {"blocks": ggml.pack(solution)}
+        else:
+            codes, scales = _packed(solution.codes, solution.bits), solution.scales.astype(np.float16)
+            arrays = {"codes": codes, "scales": scales, "zero_points": solution.zero_points}
+        with zipfile.ZipFile(partial, "w") as file:
+            for field, values in arrays.items():
+                file.writestr(field, values.tobytes())
         partial.replace(path)
 
     def _path(self, name: str) -> Path | None:
-        return None if self.folder is None else self.folder / f"{name}.npz"
+        return None if self.folder is None else self.folder / f"{name}.zip"
 
 
-def _read(arrays: Mapping[str, NDArray[Any]], layout: Layout, name: str) -> Solution | BlockSolution:
+def _read(file: zipfile.ZipFile, layout: Layout, name: str, outputs: int) -> Solution | BlockSolution:
+    """The solution in a file of bytes alone.
+
+    .npy headers are Python literals, which two threads of Python 3.11 cannot parse at once (SystemError: AST
+    constructor recursion depth mismatch).
+    """
+
+    def rows(field: str, dtype: type = np.uint8) -> NDArray[Any]:
+        return np.frombuffer(file.read(field), dtype).reshape(outputs, -1)
+
     if layout.is_ggml:
-        return ggml.unpack(arrays["blocks"], layout, name)
-    codes, scales = _unpacked(arrays["codes"], layout.bits), arrays["scales"].astype(np.float32)
-    return Solution(name, layout.bits, layout.group, codes, scales, arrays["zero_points"])
+        return ggml.unpack(rows("blocks"), layout, name)
+    codes, scales = _unpacked(rows("codes"), layout.bits), rows("scales", np.float16).astype(np.float32)
+    return Solution(name, layout.bits, layout.group, codes, scales, rows("zero_points"))
 
 
 def _packed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

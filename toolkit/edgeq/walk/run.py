@@ -31,7 +31,7 @@ from edgeq.walk.windows import Held
 
 LOGITS = 1 << 25
 """Logits that are held at once, of all windows together, of each model."""
-FORMAT = 4
+FORMAT = 5
 """Counts changes of what a walk, or sensitivities, find: what another edgeq has kept is not gone on with."""
 _WEIGHTS = "weights.npy"
 

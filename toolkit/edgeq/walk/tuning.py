@@ -112,7 +112,7 @@ def _kept(solutions: Solutions, factors: Factors, folder: Path) -> Solutions:
     """Solutions with their factors applied, in another folder, and those that have none as they are."""
     folder.mkdir(exist_ok=True)
     tuned = solutions.within(folder)
-    for path in folder.parent.glob("*.npz"):
+    for path in folder.parent.glob("*.zip"):
         if path.stem in factors.names:
             tuned.keep(factors.applied(solutions(path.stem)))
         else:
