@@ -134,7 +134,6 @@ def test_a_context_that_is_not_possible_has_a_remedy(options: dict[str, int], re
         ("mlc", "w4g32-e8-rtn-kv8", "--recipe w4g32-e8-rtn-kv16"),
         ("mlc", "Q4_K_M", "--backend llamacpp"),
         ("llamacpp", "w4g128-e8-rtn", "--recipe w4g32-e8-rtn"),
-        ("mlc", "mix4.5-guided", "--backend onnx"),
         ("onnx", "w4g32-e8-rtn-kv16", "--recipe w4g32-e8-rtn-kv8"),
         ("onnx", "w2g16-e8-rtn", "--recipe w2g32-e8-rtn"),
         ("onnx", "Q4_K_M", "--backend llamacpp"),

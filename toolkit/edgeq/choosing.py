@@ -95,13 +95,27 @@ def measure(work: Plan, checkpoint: Checkpoint, source: Source, text: Calibratio
     scale_bits, other = engine.scale_bits(work.recipe), _other_bytes(work, checkpoint)
     sizes = sensitivity.sizes(checkpoint.model, layouts, scale_bits)
     unmeasured = {first: [Option(*each, 0.0) for each in found.items()] for first, found in sizes.items()}
-    settle(work, Sensitivities(unmeasured, units, other))
+    settle(work, _joined(Sensitivities(unmeasured, units, other), engine.JOINED))
     found = _costs(work, checkpoint, source, text, layouts, progress)
     for first, options in found.items():
         share = (_FITTED_TABLE if first in size.TABLES else _FITTED).get(work.recipe.method)
         if share is not None:
             found[first] = [dataclasses.replace(each, loss=_remaining(each, share) * each.loss) for each in options]
-    return Sensitivities(found, units, other)
+    return _joined(Sensitivities(found, units, other), engine.JOINED)
+
+
+def _joined(found: Sensitivities, joined: Mapping[str, str]) -> Sensitivities:
+    """Sensitivities where the units that a backend stores as one matrix are one."""
+    parts: dict[str, list[str]] = {}
+    for name in found.options:
+        kind = name.split(".")[-2]
+        parts.setdefault(name.replace(kind, joined.get(kind, kind)), []).append(name)
+    options = {
+        first: [mix.added(each) for each in zip(*(found.options[name] for name in names), strict=True)]
+        for first, names in parts.items()
+    }
+    units = {first: [each for name in names for each in found.units[name]] for first, names in parts.items()}
+    return Sensitivities(options, units, found.other_bytes)
 
 
 def _costs(
@@ -179,8 +193,8 @@ def bundle_bytes(work: Plan, checkpoint: Checkpoint) -> int:
 def _other_bytes(work: Plan, checkpoint: Checkpoint) -> int:
     """Predicted bytes of a bundle beside its quantized matrices: side files, and what the backend writes."""
     files = sum(path.stat().st_size for path in checkpoint.folder.iterdir() if path.suffix in (".json", ".jinja"))
-    even = dataclasses.replace(work.recipe, chosen=(), mixed=False)
-    job = Job(checkpoint, even, work.target, work.context, lambda *_: None)
+    unsettled = dataclasses.replace(work.recipe, chosen=())
+    job = Job(checkpoint, unsettled, work.target, work.context, lambda *_: None)
     return files + backends.get(work.backend).beside_bytes(job)
 
 

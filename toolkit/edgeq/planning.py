@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from edgeq import accuracy, backends, calibration, catalog, detect, recipe, size, sources
@@ -143,11 +143,10 @@ def _backend(target: Target, name: str, shape: Model, recipe_name: str) -> tuple
 def _recipe(shape: Model, target: Target, backend: str, name: str, max_size: int | None, *, budget: bool) -> Recipe:
     """Recipe by name, or the target's best that the backend can hold.
 
-    Within a budget that is a mixed one, where the backend can mix, else the best that fits `max_size` predicted bytes.
+    Within a budget that is a mixed one with the best one's cache, where the backend can mix, else the best that fits
+    `max_size` predicted bytes.
     """
     engine = backends.get(backend)
-    if name == "auto" and budget and engine.MIXED:
-        return recipe.parse(MIX)
     if name != "auto" and (wanted := recipe.parse(name)).mixed:
         backends.check(backend, shape, wanted, target)
         return _budgeted(wanted, budget=budget or wanted.mixed_bits is not None)
@@ -162,6 +161,9 @@ def _recipe(shape: Model, target: Target, backend: str, name: str, max_size: int
                 f"none of {target.name}'s recipes ({', '.join(target.recipes)}) suits the model and its backend",
                 run="edgeq build ... --recipe w16",
             )
+        mixed = replace(recipe.parse(MIX), kv_bits=candidates[0].kv_bits)
+        if budget and backends.holds(backend, shape, mixed, target):
+            return mixed
     else:
         candidates = [recipe.parse(name)]
         backends.check(backend, shape, candidates[0], target)

@@ -300,7 +300,9 @@ def test_a_decoded_token_takes_the_schedule_of_a_matrix_times_a_vector(words: st
     layout = recipe.parse(words).body
     taken: dict[str, str] = {}
     with jetson:
-        linear = Linear(Precision(layout, layout, "float16", "float32"), inputs, 64)
+        linear = Linear(
+            Precision(layout, layout, "float16", "float32"), "model.layers.0.mlp.down_proj.weight", inputs, 64
+        )
         given = {"x": spec.Tensor([1, 1, inputs], "float16"), "$": {"param_mode": "plain", "effect_mode": "none"}}
         module, _ = linear.export_tvm({"forward": given})
         schedules.apply(jetson, taken)(module)

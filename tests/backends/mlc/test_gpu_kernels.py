@@ -99,7 +99,9 @@ def test_a_packed_matrix_times_tokens(gpu: Find, kind: str, dtype: str, rule: st
     layout = recipe.parse(f"w{bits}g32-e8-rtn").body
     shape, rows = ROWS[rule]
     with found.target:
-        linear = Linear(Precision(layout, layout, dtype, "float32"), INPUTS, OUTPUTS)
+        linear = Linear(
+            Precision(layout, layout, dtype, "float32"), "model.layers.0.mlp.down_proj.weight", INPUTS, OUTPUTS
+        )
         x = spec.Tensor([*shape, INPUTS], dtype)
         module, _ = linear.export_tvm({"forward": {"x": x, "$": {"param_mode": "plain", "effect_mode": "none"}}})
         taken: dict[str, str] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -114,10 +114,12 @@ class Backend(Protocol):
     """A toolchain: satisfied by a module with tools, build and load, and what has to be known before they are called.
 
     ENGINE: the packages that run its bundles. MIXED: layouts that may lie side by side in one bundle, by their words.
+    JOINED: matrices that have the layout of another one of their layer, besides keys and values that of queries.
     """
 
     ENGINE: tuple[str, ...]
     MIXED: tuple[str, ...]
+    JOINED: Mapping[str, str]
 
     def provider(self, target: Target) -> str:
         """API that runs a target's bundles: "cpu", "cuda", "metal", "vulkan", ..."""

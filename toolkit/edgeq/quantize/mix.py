@@ -29,6 +29,16 @@ class Option:
         return self.loss + self.activations
 
 
+def added(options: Sequence[Option]) -> Option:
+    """One layout of all the matrices of some options."""
+    return Option(
+        options[0].layout,
+        sum(each.bytes for each in options),
+        sum(each.loss for each in options),
+        sum(each.activations for each in options),
+    )
+
+
 class Choice(NamedTuple):
     """Option of each unit, their bytes and predicted costs in all."""
 

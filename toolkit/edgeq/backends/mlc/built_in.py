@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from edgeq.backends.mlc.report import BUILT_IN, Report
 from edgeq.bundle import Bundle, Compiled, MemoryPlan
 from edgeq.errors import BackendFault
 from edgeq.model import Model, read_config
-from edgeq.recipe import Recipe, parse
+from edgeq.recipe import Recipe, layout, parse
 
 _LARGEST_DIFFERENCE = 0.01
 
@@ -37,7 +38,8 @@ def build(job: Job, out: Path) -> Compiled:
 
 def for_this_cpu(bundle: Bundle, floats: str) -> Any:
     """Executable of a bundle's model for the CPU at hand; `floats` is the type of matrices that are not quantized."""
-    how = compiler.precision(parse(bundle.recipe), floats)
+    chosen = tuple((name, layout(word)) for name, word in (bundle.layouts or {}).items())
+    how = compiler.precision(dataclasses.replace(parse(bundle.recipe), chosen=chosen), floats)
     return compiler.compile_model(read_config(bundle.config), how, devices.this_cpu(), bundle.context).executable
 
 

@@ -46,7 +46,8 @@ def precision(recipe: Recipe, own: str) -> Precision:
     """
     names = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "w16": own}
     floats = names.get(recipe.table.name, "float32")
-    return Precision(recipe.body, recipe.table, "float16" if recipe.kv_bits == 16 else "float32", floats)
+    dtype = "float16" if recipe.kv_bits == 16 else "float32"
+    return Precision(recipe.body, recipe.table, dtype, floats, dict(recipe.chosen))
 
 
 def compile_model(model: Model, how: Precision, target: Any, context: int) -> Compiled:
@@ -87,7 +88,7 @@ def _description(
     """What the library says of itself, by the keys of MLC's libraries; `states` and `verify_chunk_size` are edgeq's."""
     return {
         "model_type": model.model_type,
-        "quantization": f"{how.body.name}-{how.table.name}-{how.dtype}",
+        "quantization": f"{'mix' if how.chosen else f'{how.body.name}-{how.table.name}'}-{how.dtype}",
         "context_window_size": context,
         "prefill_chunk_size": CHUNK,
         "verify_chunk_size": VERIFY_CHUNK,

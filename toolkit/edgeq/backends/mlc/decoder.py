@@ -24,6 +24,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache, RopeMode, TIRPagedK
 from edgeq.backends.mlc import attention, operators
 from edgeq.backends.mlc.layers import Linear, Norm, Precision
 from edgeq.model import Model
+from edgeq.size import TABLES
 
 PAGE = 16
 _PACKED = {"param_mode": "packed", "effect_mode": "none"}
@@ -33,7 +34,7 @@ class Stack(nn.Module):
     """Table, layers and last norm, named as the checkpoint names them."""
 
     def __init__(self, model: Model, precision: Precision, layers: Sequence[nn.Module]) -> None:
-        self.embed_tokens = Linear(precision, model.hidden, model.vocab, layout=precision.table)
+        self.embed_tokens = Linear(precision, TABLES[0], model.hidden, model.vocab)
         self.layers = nn.ModuleList(list(layers))
         self.norm = Norm(model.hidden, model.rms_norm_eps)
 
@@ -51,7 +52,7 @@ class Decoder(nn.Module):
     ) -> None:
         self._shape, self._precision, self._target, self.states = model, precision, target, tuple(states)
         self.model = Stack(model, precision, layers)
-        self.lm_head = None if model.tied else Linear(precision, model.hidden, model.vocab, layout=precision.table)
+        self.lm_head = None if model.tied else Linear(precision, TABLES[1], model.hidden, model.vocab)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Rows of the table."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from tvm.relax.frontend import nn
@@ -12,6 +13,7 @@ from edgeq.backends.mlc import operators
 from edgeq.backends.mlc.packing import WORD
 from edgeq.model import Model
 from edgeq.recipe import Layout
+from edgeq.size import TABLES
 
 _BFLOAT16_BITS = 16
 
@@ -21,22 +23,26 @@ class Precision:
     """How a library stores and computes.
 
     body and table: layouts of the matrices; dtype: float32 or float16, of activations, scales, keys and values;
-    floats: dtype of matrices that are not quantized (bfloat16 is packed in words, which every API can read).
+    floats: dtype of matrices that are not quantized (bfloat16 is packed in words, which every API can read); chosen:
+    layouts of a mixed recipe, by the checkpoint's names.
     """
 
     body: Layout
     table: Layout
     dtype: str
     floats: str
+    chosen: Mapping[str, Layout] = field(default_factory=dict)
+
+    def layout(self, name: str) -> Layout:
+        """Layout of a matrix, by the checkpoint's name."""
+        return self.chosen.get(name, self.table if name in TABLES else self.body)
 
 
 class Linear(nn.Module):
-    """y = x W^T + bias, with W [outputs, inputs] stored as a layout says."""
+    """y = x W^T + bias, with W [outputs, inputs] stored as the checkpoint's matrix of that name is."""
 
-    def __init__(
-        self, precision: Precision, inputs: int, outputs: int, *, bias: bool = False, layout: Layout | None = None
-    ) -> None:
-        layout = layout or precision.body
+    def __init__(self, precision: Precision, name: str, inputs: int, outputs: int, *, bias: bool = False) -> None:
+        layout = precision.layout(name)
         self.dtype = precision.dtype
         self.bits = 0
         if not layout.is_float:
@@ -94,9 +100,9 @@ class Norm(Float32):
 class FeedForward(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
 
-    def __init__(self, precision: Precision, hidden: int, ffn: int) -> None:
-        self.gate_up_proj = Linear(precision, hidden, 2 * ffn)
-        self.down_proj = Linear(precision, ffn, hidden)
+    def __init__(self, precision: Precision, name: str, hidden: int, ffn: int) -> None:
+        self.gate_up_proj = Linear(precision, f"{name}.gate_proj.weight", hidden, 2 * ffn)
+        self.down_proj = Linear(precision, f"{name}.down_proj.weight", ffn, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [batch, n, hidden]."""
@@ -111,12 +117,12 @@ class Layer(nn.Module):
     and the list of states, which it may change.
     """
 
-    def __init__(self, model: Model, precision: Precision, name: str, mixer: nn.Module) -> None:
+    def __init__(self, model: Model, precision: Precision, index: int, name: str, mixer: nn.Module) -> None:
         self.name = name
         self.input_layernorm = Norm(model.hidden, model.rms_norm_eps)
         setattr(self, name, mixer)
         self.post_attention_layernorm = Norm(model.hidden, model.rms_norm_eps)
-        self.mlp = FeedForward(precision, model.hidden, model.ffn)
+        self.mlp = FeedForward(precision, f"model.layers.{index}.mlp", model.hidden, model.ffn)
 
     def forward(self, x: Tensor, kv: Any, states: list[Tensor]) -> Tensor:
         """x [batch, n, hidden]."""

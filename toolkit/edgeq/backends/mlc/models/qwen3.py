@@ -16,13 +16,14 @@ from edgeq.model import Model
 class Attention(nn.Module):
     """Causal attention over the cache of one layer."""
 
-    def __init__(self, model: Model, precision: Precision, slot: int) -> None:
+    def __init__(self, model: Model, precision: Precision, index: int, slot: int) -> None:
+        name = f"model.layers.{index}.self_attn"
         self.slot, self.heads, self.kv_heads, self.size = slot, model.heads, model.kv_heads, model.head_dim
         self.all_heads = model.heads + 2 * model.kv_heads
-        self.qkv_proj = Linear(precision, model.hidden, self.all_heads * model.head_dim)
+        self.qkv_proj = Linear(precision, f"{name}.q_proj.weight", model.hidden, self.all_heads * model.head_dim)
         self.q_norm = Norm(model.head_dim, model.rms_norm_eps)
         self.k_norm = Norm(model.head_dim, model.rms_norm_eps)
-        self.o_proj = Linear(precision, model.heads * model.head_dim, model.hidden)
+        self.o_proj = Linear(precision, f"{name}.o_proj.weight", model.heads * model.head_dim, model.hidden)
 
     def forward(self, x: Tensor, kv: Any, states: list[Tensor]) -> Tensor:  # noqa: ARG002
         """x [batch, n, hidden]."""
@@ -41,5 +42,8 @@ class Attention(nn.Module):
 
 def decoder(model: Model, precision: Precision, target: Any) -> Decoder:
     """The whole model."""
-    attention = (Attention(model, precision, index) for index in range(model.layers))
-    return Decoder(model, precision, target, [Layer(model, precision, "self_attn", each) for each in attention])
+    layers = [
+        Layer(model, precision, index, "self_attn", Attention(model, precision, index, index))
+        for index in range(model.layers)
+    ]
+    return Decoder(model, precision, target, layers)

@@ -23,9 +23,10 @@ from edgeq.model import LinearAttention, Model
 class GatedAttention(qwen3.Attention):
     """Qwen3's attention, its output gated by the half of q_proj that is q_gate_proj here."""
 
-    def __init__(self, model: Model, precision: Precision, slot: int) -> None:
-        super().__init__(model, precision, slot)
-        self.q_gate_proj = Linear(precision, model.hidden, model.heads * model.head_dim)
+    def __init__(self, model: Model, precision: Precision, index: int, slot: int) -> None:
+        super().__init__(model, precision, index, slot)
+        queries = f"model.layers.{index}.self_attn.q_proj.weight"
+        self.q_gate_proj = Linear(precision, queries, model.hidden, model.heads * model.head_dim)
 
     def forward(self, x: Tensor, kv: Any, states: list[Tensor]) -> Tensor:  # noqa: ARG002
         """x [batch, n, hidden]."""
@@ -35,17 +36,18 @@ class GatedAttention(qwen3.Attention):
 class DeltaNet(nn.Module):
     """Linear attention with a decaying memory that is corrected, not only added to; states `slot` and the next."""
 
-    def __init__(self, model: Model, shape: LinearAttention, precision: Precision, slot: int) -> None:
+    def __init__(self, model: Model, shape: LinearAttention, precision: Precision, index: int, slot: int) -> None:
+        name = f"model.layers.{index}.linear_attn"
         self.slot, self.shape, self.epsilon = slot, shape, model.rms_norm_eps
         values = shape.value_heads * shape.value_head_dim
-        self.in_proj_qkv = Linear(precision, model.hidden, shape.conv_channels)
-        self.in_proj_z = Linear(precision, model.hidden, values)
+        self.in_proj_qkv = Linear(precision, f"{name}.in_proj_qkv.weight", model.hidden, shape.conv_channels)
+        self.in_proj_z = Linear(precision, f"{name}.in_proj_z.weight", model.hidden, values)
         self.in_proj_ba = Float32(2 * shape.value_heads, model.hidden)
         self.conv1d = Float32(shape.conv_channels, shape.conv_kernel)
         self.A_log = nn.Parameter((shape.value_heads,), "float32")
         self.dt_bias = nn.Parameter((shape.value_heads,), "float32")
         self.norm = Float32(shape.value_head_dim)
-        self.out_proj = Linear(precision, values, model.hidden)
+        self.out_proj = Linear(precision, f"{name}.out_proj.weight", values, model.hidden)
 
     def forward(self, x: Tensor, kv: Any, states: list[Tensor]) -> Tensor:  # noqa: ARG002
         """x [batch, n, hidden]; replaces its states."""
@@ -74,10 +76,10 @@ def decoder(model: Model, precision: Precision, target: Any) -> Decoder:
     for index, kind in enumerate(model.layer_types):
         before = model.layer_types[:index].count(kind)
         if kind == "linear_attention":
-            name, mixer = "linear_attn", DeltaNet(model, model.linear, precision, 2 * before)
+            name, mixer = "linear_attn", DeltaNet(model, model.linear, precision, index, 2 * before)
         else:
-            name, mixer = "self_attn", GatedAttention(model, precision, before)
-        layers.append(Layer(model, precision, name, mixer))
+            name, mixer = "self_attn", GatedAttention(model, precision, index, before)
+        layers.append(Layer(model, precision, index, name, mixer))
     return Decoder(model, precision, target, layers, states(model, precision.dtype))
 
 
