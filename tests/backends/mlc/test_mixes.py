@@ -40,10 +40,10 @@ def mixed(model: Model, words: Iterable[str]) -> Recipe:
 def test_units_that_are_stored_as_one_cost_the_sum_of_theirs() -> None:
     layout = recipe.layout("w4g32")
     names = {part: f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
-    options = {name: [Option(layout, 10**n, 0.1 * n, 0.01 * n)] for n, name in enumerate(names.values(), 1)}
+    options = {name: [Option(layout, 10**n, 2.0**n, 4.0**n)] for n, name in enumerate(names.values())}
     found = choosing._joined(Sensitivities(options, {name: [name] for name in options}, 7), mlc.JOINED)
     assert found.units == {names["gate"]: [names["gate"], names["up"]], names["down"]: [names["down"]]}
-    assert found.options[names["gate"]] == [Option(layout, 110, pytest.approx(0.3), pytest.approx(0.03))]
+    assert found.options[names["gate"]] == [Option(layout, 11, 3.0, 5.0)]
     assert found.options[names["down"]] == options[names["down"]]
     assert found.other_bytes == 7
 
