@@ -83,8 +83,9 @@ def _solving(outputs: int, inputs: int, guided: bool) -> int:
 def disk(model: Model, recipe: Recipe, tokens: int, tuned: int = 0) -> int:
     """Bytes of files that a walk over `tokens` of calibration holds at its peak: states, what a layer reads, solutions.
 
-    States are held twice, before and after a layer. Tuning, over `tuned` tokens, has the float model's last states,
-    what scales are multiplied by with two moments, all of that twice, and the solutions again.
+    States are held twice, before and after a layer; before them a guided recipe has what `gradients` says. Tuning, over
+    `tuned` tokens, has the float model's last states, what scales are multiplied by with two moments, all of that
+    twice, and the solutions again.
     """
     if not recipe.calibrated:
         return 0
