@@ -14,18 +14,32 @@ import pytest
 from rich.console import Console
 
 from checkpoints import Build, quiet
-from edgeq import backends, building, bundle, calibration, choosing, data, planning, recipe, sheets, size, tables, units
+from edgeq import (
+    backends,
+    building,
+    bundle,
+    calibration,
+    choosing,
+    data,
+    planning,
+    recipe,
+    sensitivities,
+    sheets,
+    size,
+    tables,
+    units,
+)
 from edgeq import target as targets
 from edgeq.backends.base import Progress
 from edgeq.bundle import Source
 from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
 from edgeq.choosing import Sensitivities
-from edgeq.errors import NothingFits, UsageFault
+from edgeq.errors import CorruptInput, DiskFault, Interrupted, NothingFits, UsageFault
 from edgeq.planning import Plan
 from edgeq.quantize import mix
 from edgeq.quantize.mix import Option
-from edgeq.walk import sensitivity, windows
+from edgeq.walk import footprint, sensitivity, windows
 
 COARSE, FINE = recipe.plain(4, 32), recipe.plain(8, 32)
 TEXT = data.held_out()[::-1]
@@ -43,8 +57,8 @@ def skip_without(backend: str) -> None:
         pytest.importorskip(module, reason=f"{name} is not installed", exc_type=ImportError)
 
 
-def sensitivities(work: Plan) -> Sensitivities:
-    """Made-up ones: the first unit loses a hundred times as much as each other."""
+def made_up(work: Plan) -> Sensitivities:
+    """Sensitivities of which the first unit loses a hundred times as much as each other."""
     units = {name: [name] for name in filter(size.is_quantized, work.shape.tensors())}
     options = {}
     for turn, name in enumerate(units):
@@ -88,7 +102,7 @@ def test_a_mix_is_chosen_again_when_its_weights_and_its_activations_lose_more_th
 ) -> None:
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     work = plan(tiny("3"), max_loss=0.01, calibration_text=str(tmp_path / "text.txt"), out=tmp_path / "bundle")
-    found = sensitivities(work)
+    found = made_up(work)
     name = next(iter(found.options))
     options = {each: [Option(COARSE, 10, 0.0), Option(FINE, 20, 0.0)] for each in found.options}
     options[name] = [Option(COARSE, 10, 1e-3, activations), Option(FINE, 20, 1e-6, 0.0)]
@@ -109,7 +123,7 @@ def test_a_mix_is_chosen_again_when_its_weights_and_its_activations_lose_more_th
 
 def test_where_activations_are_rounded_coarsely_a_larger_layout_that_rounds_them_finely_is_chosen(tiny: Build) -> None:
     work = plan(tiny("3"), max_size=10**6)
-    found = sensitivities(work)
+    found = made_up(work)
     first, *rest = found.options
     options = {name: [Option(COARSE, 10, 1e-4, 5e-3), Option(FINE, 20, 1e-6, 1e-5)] for name in rest}
     options[first] = [Option(COARSE, 10, 2e-3, 0.0), Option(FINE, 20, 1e-6, 0.0)]
@@ -144,7 +158,7 @@ def test_a_backend_with_one_layout_for_all_refuses_a_mix(tiny: Build) -> None:
 
 def test_bytes_go_to_the_matrix_that_needs_them(tiny: Build) -> None:
     work = plan(tiny("3"), max_size=10**6)
-    found = sensitivities(work)
+    found = made_up(work)
     smallest = sum(options[0].bytes for options in found.options.values())
     first = next(iter(found.options))
     grown = found.options[first][1].bytes - found.options[first][0].bytes
@@ -157,7 +171,7 @@ def test_bytes_go_to_the_matrix_that_needs_them(tiny: Build) -> None:
 
 def test_a_loss_is_kept_with_the_fewest_bytes_and_a_choice_that_lost_more_is_made_again_with_more(tiny: Build) -> None:
     work = plan(tiny("3"), max_loss=0.01)
-    found = sensitivities(work)
+    found = made_up(work)
     settled, choice = choosing.settle(work, found)
     assert choice.cost <= 0.01
     again, _ = choosing.settle(work, found, scale=20.0)
@@ -167,19 +181,19 @@ def test_a_loss_is_kept_with_the_fewest_bytes_and_a_choice_that_lost_more_is_mad
 def test_a_budget_that_nothing_keeps_is_refused_with_one_that_works(tiny: Build) -> None:
     work = plan(tiny("3"), max_size=2000)
     with pytest.raises(NothingFits, match=r"no mix of onnx fits 0\.00 MB") as caught:
-        choosing.settle(work, sensitivities(work))
+        choosing.settle(work, made_up(work))
     enough = units.parse_bytes(caught.value.run.rpartition(" ")[2])
-    settled, choice = choosing.settle(dataclasses.replace(work, max_size=enough), sensitivities(work))
+    settled, choice = choosing.settle(dataclasses.replace(work, max_size=enough), made_up(work))
     assert choice.bytes + 1000 <= enough <= choice.bytes + 1000 + 20_000
     assert settled.recipe.chosen
     assert caught.value.exit_code == 3
     tight = plan(tiny("3"), max_loss=1e-9)
     with pytest.raises(NothingFits, match="no mix is predicted to lose at most 1e-09"):
-        choosing.settle(tight, sensitivities(tight))
+        choosing.settle(tight, made_up(tight))
 
 
 def test_a_prediction_that_is_not_far_above_the_loss_is_left_for_a_walk_to_confirm(tiny: Build) -> None:
-    found = sensitivities(plan(tiny("3"), max_loss=0.01))
+    found = made_up(plan(tiny("3"), max_loss=0.01))
     least = sum(options[-1].cost for options in found.options.values())
     for share, scale, refused in [(2.5, None, False), (3.5, None, True), (1.5, 1.0, True)]:
         work = plan(tiny("3"), max_loss=least / share)
@@ -192,16 +206,110 @@ def test_a_loss_that_nothing_keeps_is_not_told_of_a_size_that_nobody_asked_for(t
     for size_asked, told in [(None, "--recipe w16"), (10**6, "a larger --max-size")]:
         tight = plan(tiny("3"), max_loss=1e-9, max_size=size_asked)
         with pytest.raises(NothingFits) as caught:
-            choosing.settle(tight, sensitivities(tight))
+            choosing.settle(tight, made_up(tight))
         assert caught.value.run.endswith(told)
 
 
-def test_states_lie_where_they_can(tmp_path: Path) -> None:
-    with choosing._scratch(tmp_path) as folder:
-        assert Path(folder).parent == tmp_path
-        assert Path(folder).name.startswith(".edgeq.")
-    with choosing._scratch(tmp_path / "absent") as folder:
-        assert Path(folder).is_dir()
+def test_states_lie_beside_the_bundles_place_else_where_they_can(tmp_path: Path) -> None:
+    with choosing._scratch(tmp_path / "new" / "bundle", "key") as folder:
+        assert folder == tmp_path / "new" / ".edgeq.walk.key"
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with choosing._scratch(tmp_path / "file" / "bundle", "key") as folder:
+        assert folder.is_dir()
+    assert not folder.exists()
+
+
+@pytest.fixture
+def few(tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """A plan whose mix is measured on two windows of a text, and whose bundle's place has no parent yet."""
+    monkeypatch.setattr(windows, "FITTED", 2)
+    (tmp_path / "text.txt").write_text(TEXT[:3000], encoding="utf-8")
+    words = {"recipe_name": "mix6.5-rtn", "calibration_text": str(tmp_path / "text.txt"), "max_loss": 1000.0}
+    return plan(tiny("3"), out=tmp_path / "new" / "bundle", **words)
+
+
+def stop_at(step: int) -> Progress:
+    """Progress that is interrupted there while sensitivities are measured."""
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if (phase, done) == ("gradients", step):
+            raise Interrupted("stopped")
+
+    return stop
+
+
+def stopped(work: Plan, step: int) -> Path:
+    """The folder that a preview which is stopped leaves."""
+    with pytest.raises(Interrupted, match="goes on from what is done"):
+        choosing.preview(work, stop_at(step))
+    (folder,) = work.out.parent.iterdir()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_preview_that_was_stopped_is_gone_on_with_by_a_build_that_was_stopped_and_another(
+    few: Plan, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    folder = stopped(few, step)
+    seen: list[int] = []
+
+    def note(phase: str, done: int, total: int) -> None:
+        if phase == "gradients":
+            seen.append(done)
+
+    with pytest.raises(Interrupted, match="goes on from what is done"):
+        building.build(few, stop_at(step + 1))
+    assert list(few.out.parent.iterdir()) == [folder]
+    building.build(few, note)
+    assert seen == list(range(step + 1, 2 * 2 + 1))
+    assert list(few.out.parent.iterdir()) == [few.out]
+    monkeypatch.setattr(sensitivities, "find", lambda _: None)
+    straight, _ = choosing.preview(few, quiet)
+    assert bundle.read(few.out).layouts == {name: layout.name for name, layout in straight.recipe.chosen}
+
+
+def test_what_was_measured_stays_until_it_is_in_the_cache(few: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(key: str, options: object) -> None:
+        raise Interrupted("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sensitivities, "keep", stop)
+        with pytest.raises(Interrupted):
+            choosing.preview(few, quiet)
+    choosing.preview(few, stop_at(3))
+    assert list(few.out.parent.iterdir()) == []
+
+
+def test_a_damaged_measurement_is_refused_and_begun_anew(few: Plan) -> None:
+    (stopped(few, 3) / "costs.json").write_bytes(b"damaged")
+    with pytest.raises(CorruptInput, match="not what a walk kept") as caught:
+        choosing.preview(few, quiet)
+    assert caught.value.run == "edgeq build ... again, from the start"
+    assert list(few.out.parent.iterdir()) == []
+    assert choosing.preview(few, quiet)[0].recipe.chosen
+
+
+def test_a_disk_with_too_little_room_is_refused_before_anything_is_measured(
+    few: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    length = few.shape.context
+    needed = footprint.gradients(few.shape, 3 * length) + (64 << 20)
+    for free, refused in [(needed - 1, True), (needed, False)]:
+        monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        with pytest.raises(DiskFault) if refused else contextlib.nullcontext():
+            choosing.preview(few, quiet)
+
+
+def test_what_a_stopped_measurement_has_on_the_disk_needs_no_more_room(
+    few: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = stopped(few, 3)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=64 << 20))
+    with (folder / "spare").open("wb") as stream:
+        stream.truncate(footprint.gradients(few.shape, 3 * few.shape.context))
+    choosing.preview(few, quiet)
 
 
 @pytest.mark.slow

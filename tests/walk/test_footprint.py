@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 
 import checkpoints
-from checkpoints import Build
+from checkpoints import Build, quiet
 from edgeq import data
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import OutOfMemory
 from edgeq.model import read_config
-from edgeq.recipe import parse
-from edgeq.walk import footprint, windows
+from edgeq.recipe import parse, plain
+from edgeq.walk import footprint, sensitivity, windows
 
 TEXT = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")
 COUNT, LENGTH = 8, 256
@@ -101,6 +101,16 @@ def test_more_of_anything_takes_more(tiny: Build) -> None:
     assert disk[0] == 0 < footprint.disk(checkpoint.model, parse("w4g32-e8-guided"), 9_000) < disk[2]
     tuned = [footprint.disk(checkpoint.model, parse("w4g32-e8-tuned"), 10_000, tokens) for tokens in (0, 40_000)]
     assert disk[2] < tuned[0] < tuned[1]
+
+
+def test_files_of_a_walk_backwards_are_as_large_as_predicted(tiny: Build, tmp_path: Path) -> None:
+    checkpoint, tokens = Checkpoint.open(tiny("3")), windows.drawn(3, 40, 250)
+    layouts = [plain(8, 32)]
+    every, groups = dict.fromkeys(sensitivity.units(checkpoint.model), layouts), dict.fromkeys(layouts, 0)
+    sensitivity.measure(checkpoint, every, groups, 16, [tokens], tmp_path, quiet, feedback=False)
+    found = sum(path.stat().st_size for path in tmp_path.iterdir())
+    predicted = footprint.gradients(checkpoint.model, tokens.size)
+    assert predicted <= found <= predicted + 4000  # headers, markers and costs
 
 
 def test_a_walk_that_does_not_fit_is_refused_with_both_figures(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:

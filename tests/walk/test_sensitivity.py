@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,31 +11,38 @@ import pytest
 
 from checkpoints import Build, quiet
 from edgeq import data, transformer
+from edgeq.backends.base import Progress
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import CorruptInput
+from edgeq.errors import CorruptInput, Interrupted
 from edgeq.quantize import gptq
 from edgeq.quantize.solve import quantized
 from edgeq.recipe import Layout, layout, plain
 from edgeq.size import TABLES, is_quantized
-from edgeq.walk import gradients, head, sensitivity, windows
+from edgeq.walk import gradients, head, scratch, sensitivity, windows
 from edgeq.walk.layered import Layered
 
 FINE, COARSE = plain(8, 32), plain(4, 32)
 TEXT = data.held_out()[:24000]
 
 
+def empty(folder: Path) -> Path:
+    """A new folder in another one: what a measurement leaves is not that of the next."""
+    return Path(tempfile.mkdtemp(dir=folder))
+
+
 def measure(
     checkpoint: Checkpoint,
     layouts: list[Layout],
-    scratch: Path,
+    folder: Path,
     groups: dict[Layout, int] | None = None,
+    progress: Progress = quiet,
     *,
     feedback: bool = False,
 ) -> dict[str, list[Any]]:
     tokens = windows.windows(checkpoint.folder, TEXT, 24, 64, checkpoint.model.vocab)
     every = dict.fromkeys(sensitivity.units(checkpoint.model), layouts)
     inputs = groups or dict.fromkeys(layouts, 0)
-    (found,) = sensitivity.measure(checkpoint, every, inputs, 16, [tokens], scratch, quiet, feedback=feedback)
+    (found,) = sensitivity.measure(checkpoint, every, inputs, 16, [tokens], folder, progress, feedback=feedback)
     return found
 
 
@@ -93,9 +101,84 @@ def test_more_bits_cost_less_and_take_more_bytes(tiny: Build, tmp_path: Path) ->
         assert (fine.bytes, coarse.bytes) == (weights * 8.5 // 8, weights * 4.5 // 8)
 
 
-def test_the_file_of_states_is_removed(tiny: Build, tmp_path: Path) -> None:
-    measure(Checkpoint.open(tiny("3")), [FINE], tmp_path)
-    assert list(tmp_path.iterdir()) == []
+def stop_at(step: int) -> Progress:
+    """Progress that is interrupted there."""
+
+    def stop(phase: str, done: int, total: int) -> None:
+        if done == step:
+            raise Interrupted("stopped")
+
+    return stop
+
+
+@pytest.mark.parametrize(("step", "left"), list(enumerate([[0, 1, 1, 0], [1, 1, 0], [1, 0], [0], []])))
+def test_what_was_stopped_goes_on_after_the_last_finished_layer_to_the_same_bits(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, left: list[int]
+) -> None:
+    checkpoint, groups = Checkpoint.open(tiny("3")), {COARSE: 32, FINE: 64}
+    straight = measure(checkpoint, [COARSE, FINE], empty(tmp_path), groups, feedback=True)
+    with pytest.raises(Interrupted):
+        measure(checkpoint, [COARSE, FINE], tmp_path, groups, stop_at(step), feedback=True)
+    seen: list[int] = []
+    load = Layered.layer
+
+    def note(self: Layered, index: int) -> Any:
+        seen.append(index)
+        return load(self, index)
+
+    monkeypatch.setattr(Layered, "layer", note)
+    assert measure(checkpoint, [COARSE, FINE], tmp_path, groups, feedback=True) == straight
+    assert seen == left
+
+
+@pytest.mark.parametrize("kept", ["costs.json", "back.json"])
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_layer_whose_costs_are_not_kept_is_not_done(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, turn: int
+) -> None:
+    checkpoint = Checkpoint.open(tiny("2.5"))
+    straight = measure(checkpoint, [FINE], empty(tmp_path))
+    put, stops = scratch.put, iter([False] * (turn - (kept == "costs.json")) + [True])
+
+    def stop(path: Path, content: bytes) -> None:
+        if path.name == kept and next(stops):
+            raise Interrupted("stopped")
+        put(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scratch, "put", stop)
+        with pytest.raises(Interrupted):
+            measure(checkpoint, [FINE], tmp_path)
+    assert (tmp_path / "back.json").read_text() == str(turn - 1)
+    assert measure(checkpoint, [FINE], tmp_path) == straight
+
+
+@pytest.mark.parametrize(
+    ("step", "broken", "content"),
+    [
+        (1, "ahead.json", b"damaged"),
+        (1, "ahead.1.npy", b"damaged"),
+        (1, "between", b"damaged"),
+        (3, "back.json", b"damaged"),
+        (3, "back.1.npy", b"damaged"),
+        (3, "costs.json", b"damaged"),
+        (3, "costs.json", b'{"losses": [], "activations": []}'),
+        (3, "costs.json", None),
+    ],
+)
+def test_what_was_stopped_is_not_gone_on_with_when_it_is_damaged(
+    tiny: Build, tmp_path: Path, step: int, broken: str, content: bytes | None
+) -> None:
+    checkpoint = Checkpoint.open(tiny("3"))
+    with pytest.raises(Interrupted):
+        measure(checkpoint, [FINE], tmp_path, progress=stop_at(step))
+    if content is None:
+        (tmp_path / broken).unlink()
+    else:
+        (tmp_path / broken).write_bytes(content)
+    with pytest.raises(CorruptInput, match="not what a walk kept") as caught:
+        measure(checkpoint, [FINE], tmp_path)
+    assert caught.value.run == "edgeq build ... again, from the start"
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -184,8 +267,8 @@ def test_few_tokens_do_not_make_feedback_look_better(tiny: Build, tokens: int) -
 
 def test_matrices_that_will_be_fitted_lose_less_and_tables_what_they_did(tiny: Build, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tiny("3"))
-    fitted = measure(checkpoint, [FINE, COARSE], tmp_path, feedback=True)
-    for first, options in measure(checkpoint, [FINE, COARSE], tmp_path).items():
+    fitted = measure(checkpoint, [FINE, COARSE], empty(tmp_path), feedback=True)
+    for first, options in measure(checkpoint, [FINE, COARSE], empty(tmp_path)).items():
         fine, coarse = (one.loss / other.loss for one, other in zip(fitted[first], options, strict=True))
         assert fine == pytest.approx(coarse)
         assert fine == 1 if first in TABLES else 0.2 < fine < 0.95
@@ -240,7 +323,7 @@ def test_each_text_costs_what_it_does_alone(
     inputs = {FINE: 64, COARSE: 32}
 
     def found(given: list[Any]) -> list[dict[str, list[Any]]]:
-        return sensitivity.measure(checkpoint, every, inputs, 16, given, tmp_path, quiet, feedback=True)
+        return sensitivity.measure(checkpoint, every, inputs, 16, given, empty(tmp_path), quiet, feedback=True)
 
     monkeypatch.setattr(sensitivity, "APART", 1)
     together, alone = found(texts), [found([text])[0] for text in texts]

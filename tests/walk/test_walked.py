@@ -215,14 +215,16 @@ def test_gradients_that_were_stopped_go_on_at_the_same_layer_to_the_same_bits(
     assert not (tmp_path / "stopped" / "gradients").exists()
 
 
-@pytest.mark.parametrize("broken", ["ahead.json", "ahead.1.npy", "between", "norms"])
+@pytest.mark.parametrize(
+    ("layer", "broken"), [(1, "ahead.json"), (1, "ahead.1.npy"), (1, "between"), (3, "norms"), (3, "back.1.npy")]
+)
 def test_gradients_that_were_stopped_are_not_gone_on_with_when_they_are_damaged(
-    tiny: Build, tmp_path: Path, broken: str
+    tiny: Build, tmp_path: Path, layer: int, broken: str
 ) -> None:
     checkpoint = Checkpoint.open(tiny("3"))
 
     with pytest.raises(Interrupted):
-        walked(checkpoint, "w4g32-e8-guided", tmp_path / "stopped", stop_at("gradients", 1))
+        walked(checkpoint, "w4g32-e8-guided", tmp_path / "stopped", stop_at("gradients", layer))
     (tmp_path / "stopped" / "gradients" / broken).write_bytes(b"damaged")
     with pytest.raises(CorruptInput, match="not what a walk kept"):
         walked(checkpoint, "w4g32-e8-guided", tmp_path / "stopped")

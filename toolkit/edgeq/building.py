@@ -151,8 +151,8 @@ def _walk(
         if text is not None and work.recipe.calibrated:
             resumed = stack.enter_context(store.resumable(parent, _walk_key(work, source, text, held)))
             tokens = int(with_drawn(fitted(text.windows), checkpoint.model.vocab).size)
-            needed = work.bytes + footprint.disk(checkpoint.model, work.recipe, tokens, int(text.windows.size))
-            store.require_room(resumed, needed - sum(path.stat().st_size for path in resumed.rglob("*")))
+            needed = footprint.disk(checkpoint.model, work.recipe, tokens, int(text.windows.size))
+            store.require_rest(resumed, work.bytes + needed)
         walked = walk.quantize(checkpoint, work.recipe, held, windows, resumed, progress)
         if not left or choice is None or not work.loss_is_budget or not math.isfinite(walked.weights_only):
             break

@@ -8,7 +8,8 @@ import importlib.metadata
 import itertools
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq import backends, calibration, detect, recipe, sensitivities, size, sources
+from edgeq import backends, calibration, detect, recipe, sensitivities, size, sources, store
 from edgeq.backends.base import Job, Progress
 from edgeq.bundle import Source
 from edgeq.calibration import Calibration
@@ -29,7 +30,7 @@ from edgeq.quantize.mix import Choice, Option
 from edgeq.recipe import Layout
 from edgeq.target import HOST
 from edgeq.version import VERSION
-from edgeq.walk import sensitivity
+from edgeq.walk import footprint, sensitivity
 from edgeq.walk.run import FORMAT
 from edgeq.walk.windows import sensed
 
@@ -136,14 +137,17 @@ def _costs(
     key = _key(source, texts, engine.tools(work.target), names, rounded, scale_bits, feedback)
     if (kept := sensitivities.find(key)) is not None:
         return kept
-    with _scratch(next(filter(Path.is_dir, work.out.parents))) as folder:
+    with _scratch(work.out, key) as folder:
+        store.require_rest(folder, footprint.gradients(checkpoint.model, sum(each.size for each in texts)))
         read, unread = sensitivity.measure(
-            checkpoint, layouts, groups, scale_bits, texts, Path(folder), progress, feedback=feedback
+            checkpoint, layouts, groups, scale_bits, texts, folder, progress, feedback=feedback
         )
-    found = mix.hedged(read, unread)
-    if not all(math.isfinite(option.cost) for options in found.values() for option in options):
-        raise CorruptInput("the checkpoint's own float32 logits are not finite", run="download the checkpoint again")
-    sensitivities.keep(key, found)
+        found = mix.hedged(read, unread)
+        if not all(math.isfinite(option.cost) for options in found.values() for option in options):
+            raise CorruptInput(
+                "the checkpoint's own float32 logits are not finite", run="download the checkpoint again"
+            )
+        sensitivities.keep(key, found)
     return found
 
 
@@ -154,12 +158,16 @@ def _key(source: Source, texts: Iterable[NDArray[np.int32]], *parts: object) -> 
     return hashlib.sha256(repr((VERSION, FORMAT, packages, digests, parts)).encode()).hexdigest()[:32]
 
 
-def _scratch(near: Path) -> tempfile.TemporaryDirectory[str]:
-    """Temporary folder on the disk that a build would use, else where such folders lie."""
-    try:
-        return tempfile.TemporaryDirectory(prefix=".edgeq.", dir=near)
-    except OSError:
-        return tempfile.TemporaryDirectory(prefix="edgeq.")
+@contextmanager
+def _scratch(out: Path, key: str) -> Iterator[Path]:
+    """Folder beside a bundle's place where what was stopped goes on; a temporary one where nothing can be written."""
+    with ExitStack() as stack:
+        try:
+            parent = stack.enter_context(store.parent_of(out))
+            folder = stack.enter_context(store.resumable(parent, key))
+        except OSError:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeq.")))
+        yield folder
 
 
 def _activation_groups(work: Plan, layouts: Sequence[Layout]) -> dict[Layout, int]:

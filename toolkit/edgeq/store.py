@@ -30,16 +30,26 @@ def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
     """
     out = out.resolve()
     _refuse_foreign(out)
+    require_room(next(filter(Path.exists, out.parents)), needed_bytes)
+    with parent_of(out) as parent:
+        folder = Path(tempfile.mkdtemp(prefix=".edgeq.", dir=parent))
+        try:
+            yield folder
+            _refuse_foreign(out)
+            _commit(folder, out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def parent_of(out: Path) -> Iterator[Path]:
+    """The folder that a place is in, made with its own parents; those that were made go when they end up empty."""
+    out = out.resolve()
     missing = [parent for parent in out.parents if not parent.exists()]
-    require_room(out.parents[len(missing)], needed_bytes)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".edgeq.", dir=out.parent))
     try:
-        yield folder
-        _refuse_foreign(out)
-        _commit(folder, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield out.parent
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             for parent in missing:
                 parent.rmdir()
@@ -96,6 +106,11 @@ def require_room(folder: Path, needed_bytes: int) -> None:
             f"{folder}: {free / 1e9:.2f} GB free, the build needs about {(needed_bytes + _RESERVE) / 1e9:.2f} GB more",
             run="free some space, or choose another disk with -o",
         )
+
+
+def require_rest(folder: Path, needed_bytes: int) -> None:
+    """The same for what a folder's own files lack of so many bytes."""
+    require_room(folder, needed_bytes - sum(path.stat().st_size for path in folder.rglob("*")))
 
 
 def _refuse_foreign(out: Path) -> None:

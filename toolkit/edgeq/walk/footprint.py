@@ -83,9 +83,9 @@ def _solving(outputs: int, inputs: int, guided: bool) -> int:
 def disk(model: Model, recipe: Recipe, tokens: int, tuned: int = 0) -> int:
     """Bytes of files that a walk over `tokens` of calibration holds at its peak: states, what a layer reads, solutions.
 
-    Gradients want the states before each layer, 2 bytes a value; they, and other states, are held twice, before and
-    after a layer. Tuning, over `tuned` tokens, has the float model's last states, what scales are multiplied by with
-    two moments, all of that twice, and the solutions again.
+    States are held twice, before and after a layer; before them a guided recipe has what `gradients` says. Tuning, over
+    `tuned` tokens, has the float model's last states, what scales are multiplied by with two moments, all of that
+    twice, and the solutions again.
     """
     if not recipe.calibrated:
         return 0
@@ -96,11 +96,18 @@ def disk(model: Model, recipe: Recipe, tokens: int, tuned: int = 0) -> int:
         layout = layout_of(model, recipe, name)
         codes += math.prod(shape) * _SOLVED[layout.bits > 4]
         scales += math.prod(shape) * (2 if layout.is_ggml else 1) // max(layout.block, layout.group)
-    states: int = model.hidden * tokens
+    states = model.hidden * tokens
     walking = _FLOAT * (2 * states + (2 * states + max(inputs) * tokens if recipe.guided else 0))
-    gradients = (2 * model.layers + 4 * _FLOAT) * states
     tuning_bytes = int(codes) + _FLOAT * (model.hidden * tuned + 6 * scales) if recipe.tuned else 0
-    return int(codes) + max(walking, gradients if recipe.guided else 0) + tuning_bytes
+    return int(codes) + max(walking, gradients(model, tokens) if recipe.guided else 0) + tuning_bytes
+
+
+def gradients(model: Model, tokens: int) -> int:
+    """Bytes of files that a walk backwards over so many tokens holds at its peak, as for a mix, or a guided recipe.
+
+    The states before each layer, 2 bytes a value; gradients, and the states after a layer, twice.
+    """
+    return (2 * model.layers + 4 * _FLOAT) * model.hidden * tokens
 
 
 def require(model: Model, held: Held, recipe: Recipe | None, tokens: int = 0) -> None:

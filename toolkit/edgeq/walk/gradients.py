@@ -52,28 +52,50 @@ def token_weights(
     three to twelve times as large on the demos. Walks forwards and backwards; states are in files of `folder`, those
     between layers with 2 bytes a value, and a walk that was stopped goes on there after the last finished layer.
     """
+    states, between = kept_forwards(model, tokens, folder, progress)
+    back = Stepped(folder, "back", states.shape, lambda: head.slopes(model, states, _SEED))
+    norms = scratch.kept(folder / "norms", (model.count, *tokens.shape), begun=back.done > 0)
+    for layer in kept_backwards(model, back, between, progress):
+        norms[layer.index] = layer.norms
+        norms.flush()
+    weights = np.array(norms)
+    for kind in filter(np.size, np.split(weights, [text], axis=1)):
+        kind /= kind.mean(axis=(1, 2), keepdims=True)
+    return weights, states
+
+
+def kept_forwards(
+    model: Layered, tokens: NDArray[np.int32], folder: Path, progress: Progress
+) -> tuple[NDArray[np.float32], NDArray[np.uint16]]:
+    """States of windows of tokens after the last layer, and those before each, as `forwards` has them.
+
+    Both are in files of `folder`, where a walk that was stopped goes on after the last finished layer; raises
+    CorruptInput when they cannot be read.
+    """
     count, shape = model.count, (*tokens.shape, model.checkpoint.model.hidden)
     ahead = Stepped(folder, "ahead", shape, lambda: head.embed(head.exact(model.checkpoint, head.TABLE), tokens))
-    begun = ahead.done > 0
-    between = scratch.kept(folder / "between", (count, *shape), np.uint16, begun=begun)
-    norms = scratch.kept(folder / "norms", (count, *tokens.shape), begun=begun)
+    between = scratch.kept(folder / "between", (count, *shape), np.uint16, begun=ahead.done > 0)
     while ahead.done < count:
         progress("gradients", ahead.done, 2 * count)
         with ahead.step() as states:
             _forward(model, ahead.done, states, between)
             between.flush()
-    back = Stepped(folder, "back", shape, lambda: head.slopes(model, ahead.values, _SEED))
+    return ahead.values, between
+
+
+def kept_backwards(
+    model: Layered, back: Stepped, between: NDArray[np.uint16], progress: Progress, *, watch: int = 0
+) -> Iterator[Backward]:
+    """Layers that are not done yet, as `backwards` has them; `back` are the gradients after the last one, stepped.
+
+    A layer is done when the next is asked for: what is to be kept of it must be by then.
+    """
+    count = model.count
     while back.done < count:
         progress("gradients", count + back.done, 2 * count)
-        index = count - 1 - back.done
         with back.step() as slopes:
-            norms[index] = _backward(model, index, slopes, between).norms
-            norms.flush()
+            yield _backward(model, count - 1 - back.done, slopes, between, watch=watch)
     progress("gradients", 2 * count, 2 * count)
-    weights = np.array(norms)
-    for kind in filter(np.size, np.split(weights, [text], axis=1)):
-        kind /= kind.mean(axis=(1, 2), keepdims=True)
-    return weights, ahead.values
 
 
 def forwards(model: Layered, states: NDArray[np.float32], folder: Path, progress: Progress) -> NDArray[np.uint16]:

@@ -63,8 +63,13 @@ def copied(path: Path, values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def mark(path: Path, number: int) -> None:
     """Write a number into a file in one step."""
+    put(path, str(number).encode())
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a file in one step: what was there stays until the new content is whole."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial.write_text(str(number))
+    partial.write_bytes(content)
     partial.replace(path)
 
 

@@ -19,9 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeq import recipe
 from edgeq.backends.base import Progress
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import CorruptInput
@@ -34,6 +36,7 @@ from edgeq.size import TABLES, is_quantized
 from edgeq.walk import gradients, head, scratch, table_loss
 from edgeq.walk.gradients import Backward
 from edgeq.walk.layered import Layered, give_back
+from edgeq.walk.stepped import Stepped
 
 APART = 8
 """Of so many tokens in a row one is enough: windows differ by more."""
@@ -41,6 +44,7 @@ _PIECE = 1 << 20  # weights that a thread rounds at once
 _LARGEST_CODE, _SMALLEST = 127, 1e-30
 _DAMPING = 0.1
 _SEED = 21
+_COSTS = "costs.json"
 
 
 def units(model: Model) -> dict[str, list[str]]:
@@ -66,27 +70,28 @@ def measure(
     """Options of every unit for the layouts that it may have, with the losses on each of some texts.
 
     Texts are token windows [count, length], all of one length; matrices are looked at at one token of `APART`. Rounding
-    is that of clipped grids; of each layout, inputs are rounded to 8 bits in groups of so many, 0 for none. `folder` is
-    for files of the states between layers, 2 bytes a value, and of gradients, 4. feedback: matrices of layers will be
-    fitted to what they read, which leaves the share that `left_over` says. Raises CorruptInput when the float model's
-    own states are not finite.
+    is that of clipped grids; of each layout, inputs are rounded to 8 bits in groups of so many, 0 for none. `folder`
+    keeps states, gradients and what was found: a measurement of the same that was stopped goes on there after the last
+    finished layer. feedback: matrices of layers will be fitted to what they read, which leaves the share that
+    `left_over` says. Raises CorruptInput when the float model's own states are not finite, or `folder` is damaged.
     """
     tokens = np.concatenate(texts)
     model = Layered(checkpoint)
     costs = _Costs(model, layouts, activation_groups, [text.shape for text in texts])
     try:
-        states = scratch.moved(folder, head.embed(head.exact(checkpoint, head.TABLE), tokens))
-        between = gradients.forwards(model, states, folder, progress)
+        states, between = gradients.kept_forwards(model, tokens, folder, progress)
         if not np.isfinite(states).all():
             raise CorruptInput("the checkpoint's own states are not finite", run="download the checkpoint again")
-        slopes = scratch.moved(folder, head.slopes(model, states, _SEED))
-        final = np.concatenate([each[window % APART :: APART] for window, each in enumerate(states)])
-        del states
+        back = Stepped(folder, "back", states.shape, lambda: head.slopes(model, states, _SEED))
         give_back()
-        for layer in gradients.backwards(model, slopes, between, progress, watch=APART):
+        if back.done:
+            costs.load(folder, back.done)
+        for layer in gradients.kept_backwards(model, back, between, progress, watch=APART):
             give_back()
             costs.of_layer(layer, feedback=feedback)
-        costs.of_tables(final, tokens, slopes)
+            costs.save(folder)
+        final = np.concatenate([each[window % APART :: APART] for window, each in enumerate(states)])
+        costs.of_tables(final, tokens, back.values)
     finally:
         model.close()
     stored = sizes(checkpoint.model, layouts, scale_bits)
@@ -97,6 +102,13 @@ def measure(
         }
         for text in range(len(texts))
     ]
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    """Costs as their file has them: of a unit's layouts, by name, and groups of activations, on each text."""
+
+    losses: list[tuple[str, str, list[float]]]
+    activations: list[tuple[str, int, list[float]]]
 
 
 class _Costs:
@@ -122,6 +134,24 @@ class _Costs:
         group = self._activation_groups[layout]
         activations = self._activations[first, group][text] if group else 0.0
         return float(self._losses[first, layout][text]), float(activations)
+
+    def save(self, folder: Path) -> None:
+        """Keep what was found so far, in one step."""
+        losses = [(first, layout.name, cost.tolist()) for (first, layout), cost in self._losses.items()]
+        activations = [(first, group, cost.tolist()) for (first, group), cost in self._activations.items()]
+        scratch.put(folder / _COSTS, msgspec.json.encode(_Kept(losses, activations)))
+
+    def load(self, folder: Path, done: int) -> None:
+        """Take what `save` kept; raises CorruptInput when that is not of the last `done` layers."""
+        try:
+            kept = msgspec.json.decode((folder / _COSTS).read_bytes(), type=_Kept)
+        except (FileNotFoundError, ValueError) as error:
+            raise scratch.damaged(folder, f"{_COSTS}: {error}") from error
+        self._losses = {(first, recipe.layout(name)): np.array(cost) for first, name, cost in kept.losses}
+        self._activations = {(first, group): np.array(cost) for first, group, cost in kept.activations}
+        names = {name for index in range(self._model.count)[-done:] for name in self._model.matrices(index)}
+        if missing := names & self._units.keys() - {first for first, _ in self._losses}:
+            raise scratch.damaged(folder, f"{_COSTS} has not {min(missing)}")
 
     def of_layer(self, layer: Backward, *, feedback: bool) -> None:
         """Find what the units of a layer cost, from what they read and the gradients at what they write."""
