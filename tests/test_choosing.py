@@ -14,14 +14,28 @@ import pytest
 from rich.console import Console
 
 from checkpoints import Build, quiet
-from edgeq import backends, building, bundle, calibration, choosing, data, planning, recipe, sheets, size, tables, units
+from edgeq import (
+    backends,
+    building,
+    bundle,
+    calibration,
+    choosing,
+    data,
+    hub,
+    planning,
+    recipe,
+    sheets,
+    size,
+    tables,
+    units,
+)
 from edgeq import target as targets
 from edgeq.backends.base import Progress
 from edgeq.bundle import Source
 from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
 from edgeq.choosing import Sensitivities
-from edgeq.errors import NothingFits, UsageFault
+from edgeq.errors import MissingTool, NothingFits, UsageFault
 from edgeq.planning import Plan
 from edgeq.quantize import mix
 from edgeq.quantize.mix import Option
@@ -225,8 +239,8 @@ def test_a_bundles_bytes_are_predicted(tiny: Build, tmp_path: Path, backend: str
         pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed", exc_type=ImportError)
     folder = tiny(generation, multimodal=generation == "3.5")
     work = plan(folder, recipe_name="w4g32-e8-rtn", backend=backend, out=tmp_path / "bundle", max_loss=1000.0)
-    beside = choosing._other_bytes(work, Checkpoint.open(folder))
-    predicted = work.bytes - size.float_bytes(work.shape) + beside
+    _, (_, predicted) = choosing.preview(work, quiet)
+    assert predicted is not None
     building.build(dataclasses.replace(work, max_size=None), quiet)
     found = bundle.read(tmp_path / "bundle").bytes
     spare = sum(path.stat().st_size for path in folder.glob("*.json")) + (200_000 if backend == "onnx" else 2_000)
@@ -239,7 +253,7 @@ def test_a_preview_settles_a_mix_and_leaves_other_plans_alone(tiny: Build, tmp_p
     work = plan(tiny("3"), recipe_name="mix8-gptq", calibration_text=str(text), out=tmp_path / "bundle")
     settled, predicted = choosing.preview(work, quiet)
     assert settled.recipe.chosen
-    assert predicted is not None
+    assert predicted.loss is not None
     assert predicted.bytes == choosing._other_bytes(work, Checkpoint.open(tiny("3"))) + (
         settled.bytes - size.float_bytes(work.shape)
     )
@@ -252,7 +266,33 @@ def test_a_preview_settles_a_mix_and_leaves_other_plans_alone(tiny: Build, tmp_p
     assert f"(not built, ~{units.show_bytes(predicted.bytes)} of {units.show_bytes(10**6)})" in printed
     assert not (tmp_path / "bundle").exists()
     other = plan(tiny("3"), recipe_name="w4g32-e8-rtn")
-    assert choosing.preview(other, quiet) == (other, None)
+    assert choosing.preview(other, quiet) == (other, (None, choosing.bundle_bytes(other, Checkpoint.open(tiny("3")))))
+
+
+@pytest.mark.parametrize(("backend", "sized"), [("onnx", True), ("llamacpp", True), ("mlc", False), ("null", False)])
+def test_bytes_are_predicted_where_all_that_a_backend_writes_is(
+    tiny: Build, monkeypatch: pytest.MonkeyPatch, backend: str, sized: bool
+) -> None:
+    if backend == "llamacpp":
+        pytest.importorskip("gguf", reason="gguf is not installed")
+    monkeypatch.setattr(backends.get(backend), "tools", lambda _: ())
+    work = plan(tiny("3"), recipe_name="w4g32-e8-rtn", backend=backend)
+    assert (choosing.preview(work, quiet)[1].bytes is not None) is sized
+
+
+def test_bytes_of_a_fixed_recipe_are_predicted_where_the_checkpoint_is_in_the_cache_and_nothing_is_fetched(
+    tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = planning.plan("qwen3-0.6b", target="x86-avx2", recipe_name="w4g32-e8-rtn", backend="onnx")
+    monkeypatch.setattr(hub, "download", lambda *_: pytest.fail("the checkpoint was fetched"))
+    monkeypatch.setattr(hub, "cached", lambda *_: tiny("3"))
+    assert choosing.preview(work, quiet)[1].bytes == choosing.bundle_bytes(work, Checkpoint.open(tiny("3")))
+
+    def absent(*_: object) -> Path:
+        raise MissingTool("not in the cache")
+
+    monkeypatch.setattr(hub, "cached", absent)
+    assert choosing.preview(work, quiet) == (work, (None, None))
 
 
 def test_a_size_that_no_mix_has_is_refused_before_anything_is_measured(

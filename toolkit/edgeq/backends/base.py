@@ -114,10 +114,12 @@ class Backend(Protocol):
     """A toolchain: satisfied by a module with tools, build and load, and what has to be known before they are called.
 
     ENGINE: the packages that run its bundles. MIXED: layouts that may lie side by side in one bundle, by their words.
+    SIZED: whether `beside_bytes` is all that it writes beside matrices, which it writes as the recipe says.
     """
 
     ENGINE: tuple[str, ...]
     MIXED: tuple[str, ...]
+    SIZED: bool
 
     def provider(self, target: Target) -> str:
         """API that runs a target's bundles: "cpu", "cuda", "metal", "vulkan", ..."""

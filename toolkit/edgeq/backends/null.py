@@ -23,6 +23,7 @@ from edgeq.target import Target
 
 ENGINE: tuple[str, ...] = ()
 MIXED: tuple[str, ...] = ()
+SIZED = False
 FAVOUR = 5.0
 _FILE = "null.json"
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ENGINE = ("llama-cpp-python",)
 MIXED = ("q2_k", "q3_k", "iq4_xs", "q4_k", "iq4_nl", "w4g32", "q5_k", "q5_0", "q5_1", "q6_k", "w8g32")
+SIZED = True
 _TOOLS = ("gguf", *ENGINE)
 
 # OpenMP reads this when its library is loaded, which torch does too, and the reference needs torch before the engine.

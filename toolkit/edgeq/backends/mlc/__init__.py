@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ENGINE = ("apache-tvm", "apache-tvm-ffi")
 MIXED: tuple[str, ...] = ()
+SIZED = False
 OFFICIAL_PYTHON = "EDGEQ_MLC_PYTHON"
 """Environment variable that names the Python of an official compiler, which then compiles."""
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ENGINE = ("onnxruntime",)
 MIXED = ("w2g64", "w4g128", "w4g64", "w4g32", "w4ag32", "w8g128", "w8g32")
+SIZED = True
 _SMALL_CACHE_BITS = 8
 _KLEIDI_BITS = 4
 _GRAPH_BYTES = 24_000  # of a layer in both graphs
