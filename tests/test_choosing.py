@@ -351,10 +351,14 @@ def test_a_preview_measures_over_the_windows_that_a_build_would(
 
     monkeypatch.setattr(choosing, "measure", note)
     work = plan(tiny("3"), recipe_name=name, calibration_text=str(tmp_path / "text.txt"), out=tmp_path / "bundle")
-    previewed, _ = choosing.preview(work, quiet)
-    building.build(work, quiet)
+    previewed, predicted = choosing.preview(work, quiet)
+    built = building.build(work, quiet)
     assert seen == [count, count]
-    assert bundle.read(tmp_path / "bundle").layouts == {each: word.name for each, word in previewed.recipe.chosen}
+    made = bundle.read(tmp_path / "bundle")
+    assert made.layouts == {each: word.name for each, word in previewed.recipe.chosen}
+    assert made.predicted_loss == built.predicted_loss == predicted.loss
+    assert predicted.loss is not None
+    assert predicted.loss > 0
 
 
 @pytest.mark.slow
