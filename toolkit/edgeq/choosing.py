@@ -9,7 +9,7 @@ import importlib.metadata
 import itertools
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeq import backends, calibration, detect, recipe, sensitivities, size, sources
+from edgeq import backends, calibration, detect, recipe, sensitivities, size, sources, store
 from edgeq.backends.base import Job, Progress
 from edgeq.bundle import Source
 from edgeq.calibration import Calibration
@@ -126,7 +126,7 @@ def _costs(
         return kept
     with _scratch(next(filter(Path.is_dir, work.out.parents))) as folder:
         read, unread = sensitivity.measure(
-            checkpoint, layouts, groups, scale_bits, texts, Path(folder), progress, feedback=feedback
+            checkpoint, layouts, groups, scale_bits, texts, folder, progress, feedback=feedback
         )
     found = mix.hedged(read, unread)
     if not all(math.isfinite(option.cost) for options in found.values() for option in options):
@@ -142,12 +142,15 @@ def _key(source: Source, texts: Iterable[NDArray[np.int32]], *parts: object) -> 
     return hashlib.sha256(repr((VERSION, FORMAT, packages, digests, parts)).encode()).hexdigest()[:32]
 
 
-def _scratch(near: Path) -> tempfile.TemporaryDirectory[str]:
+@contextlib.contextmanager
+def _scratch(near: Path) -> Iterator[Path]:
     """Temporary folder on the disk that a build would use, else where such folders lie."""
-    try:
-        return tempfile.TemporaryDirectory(prefix=".edgeq.", dir=near)
-    except OSError:
-        return tempfile.TemporaryDirectory(prefix="edgeq.")
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(store.scratch(near))
+        except OSError:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="edgeq.")))
+        yield folder
 
 
 def _activation_groups(work: Plan, layouts: Sequence[Layout]) -> dict[Layout, int]:
