@@ -272,7 +272,7 @@ def test_a_truncated_reference_is_corrupt_input(file: Path, keep: int) -> None:
         accuracy.load(file)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_a_reference_with_any_changed_byte_is_sound_or_corrupt_input(
     tmp_path_factory: pytest.TempPathFactory, data: Any

@@ -21,6 +21,7 @@ from edgeq import (
     calibration,
     choosing,
     data,
+    hub,
     planning,
     recipe,
     sensitivities,
@@ -35,7 +36,7 @@ from edgeq.bundle import Source
 from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
 from edgeq.choosing import Sensitivities
-from edgeq.errors import CorruptInput, DiskFault, Interrupted, NothingFits, UsageFault
+from edgeq.errors import CorruptInput, DiskFault, Interrupted, MissingTool, NothingFits, UsageFault
 from edgeq.planning import Plan
 from edgeq.quantize import mix
 from edgeq.quantize.mix import Option
@@ -340,8 +341,8 @@ def test_a_bundles_bytes_are_predicted(tiny: Build, tmp_path: Path, backend: str
     skip_without(backend)
     folder = tiny(generation, multimodal=generation == "3.5")
     work = plan(folder, recipe_name="w4g32-e8-rtn", backend=backend, out=tmp_path / "bundle", max_loss=1000.0)
-    beside = choosing._other_bytes(work, Checkpoint.open(folder))
-    predicted = work.bytes - size.float_bytes(work.shape) + beside
+    _, (_, predicted) = choosing.preview(work, quiet)
+    assert predicted is not None
     building.build(dataclasses.replace(work, max_size=None), quiet)
     found = bundle.read(tmp_path / "bundle").bytes
     assert found <= predicted <= found + spare + sum(path.stat().st_size for path in folder.glob("*.json"))
@@ -353,7 +354,7 @@ def test_a_preview_settles_a_mix_and_leaves_other_plans_alone(tiny: Build, tmp_p
     work = plan(tiny("3"), recipe_name="mix8-gptq", calibration_text=str(text), out=tmp_path / "bundle")
     settled, predicted = choosing.preview(work, quiet)
     assert settled.recipe.chosen
-    assert predicted is not None
+    assert predicted.loss is not None
     assert predicted.bytes == choosing._other_bytes(work, Checkpoint.open(tiny("3"))) + (
         settled.bytes - size.float_bytes(work.shape)
     )
@@ -366,7 +367,22 @@ def test_a_preview_settles_a_mix_and_leaves_other_plans_alone(tiny: Build, tmp_p
     assert f"(not built, ~{units.show_bytes(predicted.bytes)} of {units.show_bytes(10**6)})" in printed
     assert not (tmp_path / "bundle").exists()
     other = plan(tiny("3"), recipe_name="w4g32-e8-rtn")
-    assert choosing.preview(other, quiet) == (other, None)
+    assert choosing.preview(other, quiet) == (other, (None, choosing.bundle_bytes(other, Checkpoint.open(tiny("3")))))
+
+
+def test_bytes_of_a_fixed_recipe_are_predicted_where_the_checkpoint_is_in_the_cache_and_nothing_is_fetched(
+    tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = planning.plan("qwen3-0.6b", target="x86-avx2", recipe_name="w4g32-e8-rtn", backend="onnx")
+    monkeypatch.setattr(hub, "download", lambda *_: pytest.fail("the checkpoint was fetched"))
+    monkeypatch.setattr(hub, "cached", lambda *_: tiny("3"))
+    assert choosing.preview(work, quiet)[1].bytes == choosing.bundle_bytes(work, Checkpoint.open(tiny("3")))
+
+    def absent(*_: object) -> Path:
+        raise MissingTool("not in the cache")
+
+    monkeypatch.setattr(hub, "cached", absent)
+    assert choosing.preview(work, quiet) == (work, (None, None))
 
 
 def test_a_size_that_no_mix_has_is_refused_before_anything_is_measured(
@@ -425,10 +441,14 @@ def test_a_preview_measures_over_the_windows_that_a_build_would(
 
     monkeypatch.setattr(choosing, "measure", note)
     work = plan(tiny("3"), recipe_name=name, calibration_text=str(tmp_path / "text.txt"), out=tmp_path / "bundle")
-    previewed, _ = choosing.preview(work, quiet)
-    building.build(work, quiet)
+    previewed, predicted = choosing.preview(work, quiet)
+    built = building.build(work, quiet)
     assert seen == [count, count]
-    assert bundle.read(tmp_path / "bundle").layouts == {each: word.name for each, word in previewed.recipe.chosen}
+    made = bundle.read(tmp_path / "bundle")
+    assert made.layouts == {each: word.name for each, word in previewed.recipe.chosen}
+    assert made.predicted_loss == built.predicted_loss == predicted.loss
+    assert predicted.loss is not None
+    assert predicted.loss > 0
 
 
 @pytest.mark.slow

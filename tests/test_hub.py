@@ -39,6 +39,8 @@ for line in sys.stdin:
         what, *words = words
         if what == "config":
             answer = {"config": hub.config(*words)}
+        elif what == "cached":
+            answer = {"folder": str(hub.cached(*words[:2]))}
         else:
             found = hub.download(*words)
             answer = {"folder": str(found.folder), "repo": found.repo, "revision": found.revision}
@@ -324,6 +326,19 @@ def test_a_file_that_changed_in_the_cache_is_refused_offline(child: Downloader, 
     found = child.fetch(repo.name, offline=True)
     assert found["exit_code"] == 12
     assert path.name in found["message"]
+
+
+def test_a_checkpoint_that_is_whole_in_the_cache_is_found_without_the_server_and_not_read(
+    child: Downloader, repo: Repo
+) -> None:
+    assert child.call("cached", repo.name, None, True, {})["exit_code"] == 5
+    child.config(repo.name)
+    assert child.call("cached", repo.name, None, True, {})["exit_code"] == 5
+    folder = child.fetch(repo.name)["folder"]
+    child.cached(repo, FIRST)[0].write_bytes(b"other")
+    repo.requests.clear()
+    assert child.call("cached", repo.name, None, True, {}) == {"folder": folder}
+    assert repo.requests == []
 
 
 def test_offline_without_a_cache_says_so(child: Downloader, repo: Repo) -> None:

@@ -11,6 +11,7 @@ import checkpoints
 import machines
 from checkpoints import Build
 from edgeq import backends, catalog, hub, machine, planning, recipe, sheets, size
+from edgeq.choosing import Prediction
 from edgeq.errors import UsageFault
 from edgeq.model import Model, read_config
 
@@ -123,13 +124,14 @@ def test_a_plans_sheet_says_what_the_build_would_do(tiny: Build, tmp_path: Path)
     work = planning.plan(
         str(tiny("3")), target="x86-avx2", recipe_name="w8g32-e8-rtn", backend="null", context=128, out=tmp_path / "out"
     )
-    sheet = sheets.plan(work)
+    sheet = sheets.plan(work, Prediction(None, 12345))
     assert (sheet.model, sheet.generation, sheet.target) == (tiny("3").name, "3", "x86-avx2")
     assert (sheet.recipe, sheet.backend, sheet.context) == ("w8g32-e8-rtn", "null", 128)
     assert sheet.bundle == str(tmp_path / "out")
     assert sheet.weights_bytes == size.weight_bytes(work.shape, work.recipe)
     assert sheet.max_loss == recipe.parse("w8g32-e8-rtn").max_loss
     assert sheet.notes == work.notes
+    assert (sheet.predicted_loss, sheet.bundle_bytes) == (None, 12345)
     assert not (tmp_path / "out").exists()
 
 

@@ -190,5 +190,23 @@ def test_the_record_holds_every_file_with_its_digest(tiny: Build) -> None:
     assert found["model.safetensors"].sha256 == bundle.sha256(folder / "model.safetensors")
 
 
+def test_what_is_here_is_a_folder_or_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[Any]
+) -> None:
+    calls: list[tuple[str, str | None]] = []
+
+    def cached(repo: str, revision: str | None) -> Path:
+        calls.append((repo, revision))
+        return tmp_path / COMMIT
+
+    monkeypatch.setattr(hub, "cached", cached)
+    assert sources.here(str(tmp_path)) == tmp_path
+    assert sources.here("demo-qwen3") == sources.find("demo-qwen3", offline=True).folder
+    assert calls == []
+    assert sources.here("qwen3-0.6b") == sources.here("someone/My_Model@v2") == tmp_path / COMMIT
+    assert calls == [("Qwen/Qwen3-0.6B", None), ("someone/My_Model", "v2")]
+    assert asked == []
+
+
 def test_the_root_folder_has_a_name_too() -> None:
     assert sources.find("/", offline=True).short_name == "model"

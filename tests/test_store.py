@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import namedtuple
 from pathlib import Path
@@ -39,6 +40,28 @@ with store.staging(out, 1) as folder:
         setattr(place, name, counted(getattr(place, name)))
     for name in ("edgeq.json", "model", "more"):
         counted((folder / name).write_text)("new")
+"""
+
+HELD = """
+import sys
+from pathlib import Path
+from edgeq import store
+
+with store.scratch(Path(sys.argv[1])) as folder:
+    print(folder, flush=True)
+    sys.stdin.read()
+"""
+
+SLOW = """
+import os, signal, sys
+from pathlib import Path
+from edgeq import store
+
+store._exchange = lambda one, other: False
+out, rename = Path(sys.argv[1]), Path.rename
+Path.rename = lambda path, target: rename(path, target) if path == out else os.kill(os.getpid(), signal.SIGKILL)
+with store.staging(out, 1) as folder:
+    (folder / "edgeq.json").write_text("new")
 """
 
 
@@ -302,8 +325,62 @@ def test_a_build_after_a_kill_succeeds(out: Path) -> None:
     child = subprocess.run([sys.executable, "-c", KILLED, str(out), "4"], check=False)
     assert child.returncode == -signal.SIGKILL
     assert not out.exists()
+    (out.parent / ".edgeq.walk.key").mkdir()
+    assert len(names(out.parent)) == 2
     write_bundle(out, "new")
     assert contents(out) == {MANIFEST: "new"}
+    assert names(out.parent) == [".edgeq.walk.key", "one"]
+
+
+def test_what_a_killed_build_left_gives_its_room_back_before_room_is_looked_for(
+    out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run([sys.executable, "-c", KILLED, str(out), "4"], check=False)
+
+    def usage(path: Path) -> Usage:
+        return Usage(10**12, 0, 10**8 if names(out.parent) == [] else 0)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    write_bundle(out, "new")
+    assert contents(out) == {MANIFEST: "new"}
+
+
+def test_a_folder_is_kept_by_the_number_of_its_process_and_by_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = subprocess.Popen([sys.executable, "-c", HELD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert held.stdout
+    folder = Path(os.fsdecode(held.stdout.readline().rstrip()))
+    for call in ("fcntl.flock", "psutil.pid_exists"):
+        with monkeypatch.context() as blind:
+            blind.setattr(call, lambda *_: None)
+            with store.scratch(tmp_path):
+                assert folder.is_dir()
+    held.kill()
+    held.communicate()
+    with store.scratch(tmp_path):
+        assert not folder.exists()
+
+
+def test_a_folder_of_another_machine_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.pid_exists", lambda number: False)
+    left = Path(tempfile.mkdtemp(prefix=f"{store._own_prefix()}123.", dir=tmp_path))
+    with monkeypatch.context() as moved:
+        moved.setattr("platform.node", lambda: "elsewhere")
+        with store.scratch(tmp_path):
+            assert left.is_dir()
+    with store.scratch(tmp_path):
+        assert not left.exists()
+
+
+def test_an_older_bundle_that_a_kill_left_beside_its_place_is_kept(out: Path) -> None:
+    write_bundle(out, "old")
+    child = subprocess.run([sys.executable, "-c", SLOW, str(out)], check=False)
+    assert child.returncode == -signal.SIGKILL
+    assert not out.exists()
+    write_bundle(out.parent / "other", "new")
+    (left,) = (path for path in out.parent.iterdir() if path.name.startswith(".edgeq."))
+    assert contents(left) == {MANIFEST: "old"}
 
 
 def test_of_builds_that_end_at_once_one_is_kept_whole_and_none_fails(out: Path) -> None:

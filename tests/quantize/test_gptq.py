@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ def moments(inputs: int = INPUTS, seed: int = 1) -> Any:
     return torch.from_numpy((read.T @ read / len(read)).astype(np.float32))
 
 
+@cache
 def curved(inputs: int = INPUTS, seed: int = 1) -> gptq.Curvature:
     return gptq.curvature(moments(inputs, seed))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints import Build, quiet
+from checkpoints import GENERATIONS, Build, quiet
 from edgeq import data, transformer
 from edgeq.backends.base import Progress
 from edgeq.checkpoint import Checkpoint
@@ -56,8 +56,13 @@ def test_every_matrix_is_in_one_unit_and_queries_keys_and_values_share_theirs(ti
         assert parts in ([{"q_proj", "k_proj", "v_proj"}] if "q_proj" in first else [{first.split(".")[-2]}])
 
 
-@pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("tied", "generation"),
+    [
+        *((True, generation) for generation in GENERATIONS),
+        *((False, "2.5"), (False, "3"), pytest.param(False, "3.5", marks=pytest.mark.slow)),
+    ],
+)
 def test_predicted_losses_are_those_of_models_with_one_unit_rounded(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generation: str, tied: bool
 ) -> None:
@@ -310,8 +315,10 @@ def test_tokens_without_a_gradient_cost_nothing(tiny: Build) -> None:
     np.testing.assert_allclose(found, [0, 0.01], rtol=1e-6)
 
 
-@pytest.mark.parametrize("generation", ["2.5", "3.5"])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("tied", "generation"),
+    [(True, "2.5"), (False, "2.5"), (True, "3.5"), pytest.param(False, "3.5", marks=pytest.mark.slow)],
+)
 def test_each_text_costs_what_it_does_alone(
     tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generation: str, tied: bool
 ) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,16 @@ from edgeq.walk.windows import Held
 TEXT = (data.folder("demo") / "heldout.txt").read_text(encoding="utf-8")[:2000]
 CALIBRATION = np.random.default_rng(3).integers(0, 256, (5, 48)).astype(np.int32)
 each_generation = pytest.mark.parametrize("generation", GENERATIONS)
+
+
+def each_walk(names: Sequence[str], quick: Mapping[str, str]) -> pytest.MarkDecorator:
+    """Every recipe in every generation; those of `quick` are slow in all but the one there, since others do as much."""
+    cases = [(name, generation) for name in names for generation in GENERATIONS]
+    slow = [(name, generation) for name, generation in cases if quick.get(name, generation) != generation]
+    return pytest.mark.parametrize(
+        ("name", "generation"),
+        [pytest.param(*case, marks=[pytest.mark.slow] if case in slow else []) for case in cases],
+    )
 
 
 def whole(checkpoint: Checkpoint, tokens: NDArray[np.int32], solutions: Solutions | None = None) -> NDArray[np.float32]:
@@ -57,9 +68,9 @@ def test_the_float_models_logits_are_those_of_the_whole_model(tiny: Build, gener
     np.testing.assert_allclose(found, whole(checkpoint, tokens[None])[0], atol=1e-5)
 
 
-@each_generation
-@pytest.mark.parametrize(
-    "name", ["w4g32-e8-rtn", "w4g32-e8-gptq", "w4ag32-e8-guided", "w4gcol-e8-gptq", "w4g32-e8-tuned"]
+@each_walk(
+    ["w4g32-e8-rtn", "w4g32-e8-gptq", "w4ag32-e8-guided", "w4gcol-e8-gptq", "w4g32-e8-tuned"],
+    quick={"w4g32-e8-gptq": "3.5", "w4gcol-e8-gptq": "3"},
 )
 def test_the_loss_of_the_weights_is_that_of_a_whole_model_with_them(
     tiny: Build, tmp_path: Path, generation: str, name: str
@@ -165,8 +176,7 @@ def stop_at(phase: str, layer: int) -> Progress:
     return stop
 
 
-@each_generation
-@pytest.mark.parametrize("name", ["w4g32-e8-gptq", "w4g32-e8-guided"])
+@each_walk(["w4g32-e8-gptq", "w4g32-e8-guided"], quick={"w4g32-e8-gptq": "3"})
 def test_a_walk_that_was_stopped_goes_on_to_the_same_bits_and_solves_no_layer_twice(
     tiny: Build, tmp_path: Path, generation: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,12 +202,17 @@ def test_a_walk_that_was_stopped_goes_on_to_the_same_bits_and_solves_no_layer_tw
         np.testing.assert_array_equal(again.solutions.values(each), straight.solutions.values(each), err_msg=each)
 
 
+@pytest.fixture(scope="module")
+def straight(tiny: Build, tmp_path_factory: pytest.TempPathFactory) -> Walked:
+    """A guided walk of tiny("3") that nothing stopped."""
+    return walked(Checkpoint.open(tiny("3")), "w4g32-e8-guided", tmp_path_factory.mktemp("straight"))
+
+
 @pytest.mark.parametrize("layer", range(2 * 2))
 def test_gradients_that_were_stopped_go_on_at_the_same_layer_to_the_same_bits(
-    tiny: Build, tmp_path: Path, layer: int
+    tiny: Build, straight: Walked, tmp_path: Path, layer: int
 ) -> None:
     checkpoint = Checkpoint.open(tiny("3"))
-    straight = walked(checkpoint, "w4g32-e8-guided", tmp_path / "straight")
 
     with pytest.raises(Interrupted):
         walked(checkpoint, "w4g32-e8-guided", tmp_path / "stopped", stop_at("gradients", layer))

@@ -44,7 +44,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     """The document that `edgeq build --json` prints.
 
     peak_rss_bytes is the kernel's own peak; peak_anonymous_bytes the highest seen between steps, since the kernel keeps
-    no peak of it.
+    no peak of it. predicted_loss: of a mix, in nats per token, before the gate measured it; None for other recipes.
     """
 
     bundle: str
@@ -64,6 +64,7 @@ class Built(msgspec.Struct, frozen=True, kw_only=True):
     peak_anonymous_bytes: int | None
     kernels: Literal["compiled", "unchecked"] | None
     memory: MemoryPlan | None
+    predicted_loss: float | None
     gate: Gate
     notes: tuple[str, ...]
 
@@ -104,7 +105,7 @@ def build(work: Plan, progress: Progress) -> Built:
             work = dataclasses.replace(work, notes=(*work.notes, *filter(None, [text.note])))
             if engine.calibrates_cache(work.recipe):
                 cache = ranges.cache_ranges(checkpoint, fitted(text.windows), step)
-        work, walked = _walk(work, checkpoint, held, source, text, folder.parent, stack, step)
+        work, walked, predicted = _walk(work, checkpoint, held, source, text, folder.parent, stack, step)
         _copy_side_files(checkpoint, template, folder)
         compiled = engine.build(
             Job(checkpoint, work.recipe, work.target, work.context, step, walked.solutions.folder, cache), folder
@@ -122,7 +123,8 @@ def build(work: Plan, progress: Progress) -> Built:
         what = f"{work.name} {work.recipe} on {work.backend}, no bundle was kept"
         gate.require(result, what, _MORE_BITS if lossy else _BROKEN)
         accuracy.save(record, folder / bundle.REFERENCE)
-        sealed = bundle.seal(msgspec.structs.replace(draft, gate=result, files=bundle.files_in(folder)))
+        draft = msgspec.structs.replace(draft, gate=result, predicted_loss=predicted)
+        sealed = bundle.seal(msgspec.structs.replace(draft, files=bundle.files_in(folder)))
         (folder / bundle.MANIFEST).write_bytes(data.to_json(sealed))
     return _report(work, sealed, time.monotonic() - started, peak)
 
@@ -136,10 +138,11 @@ def _walk(
     parent: Path,
     stack: ExitStack,
     progress: Progress,
-) -> tuple[Plan, Walked]:
+) -> tuple[Plan, Walked, float | None]:
     """Walk of a plan's recipe; `stack` removes the folder of its solutions, which a calibrated one has.
 
-    A mixed recipe is settled first; one that then loses more than its budget is chosen again, by what it lost.
+    A mixed recipe is settled first; one that then loses more than its budget is chosen again, by what it lost. What the
+    last choice was predicted to lose, nats per token, comes with the walk; None where there was none.
     """
     windows = None if text is None else text.windows
     found, scale, resumed, choice = None, None, None, None
@@ -159,7 +162,7 @@ def _walk(
         if walked.weights_only + choice.cost - choice.loss <= _ROOM * work.max_loss:
             break
         scale = (scale or 1.0) * walked.weights_only / choice.loss
-    return work, walked
+    return work, walked, None if choice is None else choice.cost
 
 
 def _gate(
@@ -258,6 +261,7 @@ def _report(work: Plan, made: Bundle, seconds: float, peak: Phase) -> Built:
         peak_anonymous_bytes=peak.anonymous_bytes,
         kernels=made.kernels,
         memory=made.memory,
+        predicted_loss=made.predicted_loss,
         gate=made.gate,
         notes=made.notes,
     )

@@ -96,7 +96,8 @@ class Compiled(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """Contents of `edgeq.json`; `config` is the text-only configuration of the checkpoint.
 
-    `kernels` and `memory` are there where the model was compiled, as `Compiled` describes them.
+    `kernels` and `memory` are there where the model was compiled, as `Compiled` describes them; `layouts` and
+    `predicted_loss`, in nats per token as run, where they were chosen within a budget.
     """
 
     schema: int
@@ -119,6 +120,7 @@ class Bundle(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     memory: MemoryPlan | None = None
     calibration: Calibration | None = None
     layouts: dict[str, str] | None = None
+    predicted_loss: float | None = None
 
     @property
     def bytes(self) -> int:

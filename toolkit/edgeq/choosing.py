@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -9,7 +10,6 @@ import itertools
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from edgeq.backends.base import Job, Progress
 from edgeq.bundle import Source
 from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
-from edgeq.errors import CorruptInput, NothingFits, UsageFault
+from edgeq.errors import CorruptInput, EdgeqError, NothingFits, UsageFault
 from edgeq.model import Model
 from edgeq.planning import MIX, Plan
 from edgeq.quantize import mix
@@ -55,19 +55,20 @@ class Sensitivities:
 
 
 class Prediction(NamedTuple):
-    """What a mix is predicted to lose as run, KL divergence in nats per token, and the bytes of its bundle."""
+    """What a bundle is predicted to lose as run, KL divergence in nats per token, and its bytes; None: not known."""
 
-    loss: float
-    bytes: int
+    loss: float | None
+    bytes: int | None
 
 
-def preview(work: Plan, progress: Progress) -> tuple[Plan, Prediction | None]:
+def preview(work: Plan, progress: Progress) -> tuple[Plan, Prediction]:
     """A plan whose mixed recipe is settled, without building it: the checkpoint is fetched, and sensitivities measured.
 
-    Other plans come back as they are, without a prediction.
+    Other plans come back as they are. Nothing is fetched for them: their bytes are known where the checkpoint is on
+    this machine already.
     """
     if not work.recipe.mixed:
-        return work, None
+        return work, Prediction(None, _bytes_here(work))
     origin = sources.find(work.model, offline=work.offline)
     checkpoint = Checkpoint.open(origin.folder)
     wanted = work.calibration or calibration.BUNDLED
@@ -158,10 +159,10 @@ def _key(source: Source, texts: Iterable[NDArray[np.int32]], *parts: object) -> 
     return hashlib.sha256(repr((VERSION, FORMAT, packages, digests, parts)).encode()).hexdigest()[:32]
 
 
-@contextmanager
+@contextlib.contextmanager
 def _scratch(out: Path, key: str) -> Iterator[Path]:
     """Folder beside a bundle's place where what was stopped goes on; a temporary one where nothing can be written."""
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         try:
             parent = stack.enter_context(store.parent_of(out))
             folder = stack.enter_context(store.resumable(parent, key))
@@ -196,6 +197,13 @@ def _possible(model: Model, name: str, layouts: Sequence[Layout]) -> list[Layout
 def bundle_bytes(work: Plan, checkpoint: Checkpoint) -> int:
     """Predicted bytes of a whole bundle of a recipe that is settled."""
     return work.bytes - size.float_bytes(work.shape) + _other_bytes(work, checkpoint)
+
+
+def _bytes_here(work: Plan) -> int | None:
+    """`bundle_bytes` where the checkpoint is on this machine, else None."""
+    with contextlib.suppress(EdgeqError):
+        return bundle_bytes(work, Checkpoint.open(sources.here(work.model)))
+    return None
 
 
 def _other_bytes(work: Plan, checkpoint: Checkpoint) -> int:

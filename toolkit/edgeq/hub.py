@@ -70,6 +70,13 @@ def download(repo: str, revision: str | None, offline: bool) -> Download:
     return Download(folder, repo, folder.name)
 
 
+def cached(repo: str, revision: str | None) -> Path:
+    """Folder of a checkpoint in the cache alone, its digests not checked; raises what `download` raises offline."""
+    _prepare(repo, revision)
+    with _explained(repo, revision, offline=True):
+        return _in_cache(repo, revision, WANTED)
+
+
 def config(repo: str, revision: str | None, offline: bool) -> dict[str, Any]:
     """The `config.json` of checkpoint `owner/name` at a branch, tag or commit (default: main); fetches no other file.
 
@@ -81,9 +88,7 @@ def config(repo: str, revision: str | None, offline: bool) -> dict[str, Any]:
 
 def _snapshot(repo: str, revision: str | None, offline: bool, wanted: list[str]) -> Path:
     """Folder in the cache, named by its commit, that holds the files of those patterns, each checked."""
-    _check_words(repo, revision)
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+    _prepare(repo, revision)
     from huggingface_hub import constants
 
     offline = offline or constants.HF_HUB_OFFLINE
@@ -91,11 +96,14 @@ def _snapshot(repo: str, revision: str | None, offline: bool, wanted: list[str])
         return _cached(repo, revision, wanted) if offline else _fetched(repo, revision, wanted)
 
 
-def _check_words(repo: str, revision: str | None) -> None:
+def _prepare(repo: str, revision: str | None) -> None:
+    """Check the words, and set what the hub's library reads when it is imported."""
     if not _REPO.fullmatch(repo) or ".." in repo:
         raise UsageFault(f"{repo!r} is not the name of a model on a hub", why="It has the form owner/name.")
     if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
         raise UsageFault(f"{revision!r} is not a revision", why="It is a branch, a tag or a commit hash.")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
 
 
 def _fetched(repo: str, revision: str | None, wanted: list[str]) -> Path:
@@ -116,18 +124,22 @@ def _fetched(repo: str, revision: str | None, wanted: list[str]) -> Path:
 
 def _cached(repo: str, revision: str | None, wanted: list[str]) -> Path:
     """Snapshot in the cache; its links end in the digests that the hub declared when the files came."""
-    from huggingface_hub import snapshot_download
-
-    folder = Path(
-        snapshot_download(
-            repo, revision=revision, local_files_only=True, allow_patterns=wanted, ignore_patterns=UNWANTED
-        )
-    )
+    folder = _in_cache(repo, revision, wanted)
     for path in sorted(folder.iterdir()):
         digest = path.readlink().name if path.is_symlink() else ""
         if _matches(path.name, wanted) and _DIGEST.fullmatch(digest):
             _verify(path, _Declared(path.name, path.stat().st_size, digest))
     return folder
+
+
+def _in_cache(repo: str, revision: str | None, wanted: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(
+        snapshot_download(
+            repo, revision=revision, local_files_only=True, allow_patterns=wanted, ignore_patterns=UNWANTED
+        )
+    )
 
 
 def _declared(info: Any, wanted: list[str]) -> list[_Declared]:

@@ -65,7 +65,8 @@ class ModelSheet(msgspec.Struct, frozen=True, kw_only=True):
 class PlanSheet(msgspec.Struct, frozen=True, kw_only=True):
     """The document of `edgeq build --dry-run`; sizes are predictions.
 
-    A mix's bundle has `bundle_bytes` and is predicted to lose `predicted_loss` as run, nats per token.
+    predicted_loss: of a mix as run, nats per token. `bundle_bytes` are None where the checkpoint is not on this machine
+    yet.
     """
 
     model: str
@@ -124,8 +125,8 @@ def model(name: str, *, offline: bool) -> ModelSheet:
     return _sheet(entry.name, entry.model, entry)
 
 
-def plan(work: Plan, predicted: Prediction | None = None) -> PlanSheet:
-    """Document of a build's plan."""
+def plan(work: Plan, predicted: Prediction) -> PlanSheet:
+    """Document of a build's plan, with what `choosing.preview` predicts of it."""
     return PlanSheet(
         model=work.name,
         generation=work.shape.generation,
@@ -140,8 +141,8 @@ def plan(work: Plan, predicted: Prediction | None = None) -> PlanSheet:
         max_bytes=work.max_size,
         notes=work.notes,
         layouts={name: layout.name for name, layout in work.recipe.chosen} or None,
-        predicted_loss=predicted.loss if predicted else None,
-        bundle_bytes=predicted.bytes if predicted else None,
+        predicted_loss=predicted.loss,
+        bundle_bytes=predicted.bytes,
     )
 
 

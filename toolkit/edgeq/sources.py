@@ -52,6 +52,18 @@ def find(model: str, *, offline: bool) -> Origin:
     return Origin("hub", found.repo, found.folder, found.revision)
 
 
+def here(model: str) -> Path:
+    """Folder of what `find` would find, as far as it is on this machine, and its digests not checked.
+
+    Raises what `find` raises offline.
+    """
+    if (local := _local(model)) is not None:
+        return local.folder
+    from edgeq import hub
+
+    return hub.cached(*_on_hub(model))
+
+
 def shape(name: str, *, offline: bool) -> tuple[str, Model]:
     """Short name and shape of what `find` would find, without weights.
 

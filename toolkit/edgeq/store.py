@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -30,15 +32,13 @@ def staging(out: Path, needed_bytes: int) -> Iterator[Path]:
     """
     out = out.resolve()
     _refuse_foreign(out)
-    require_room(next(filter(Path.exists, out.parents)), needed_bytes)
-    with parent_of(out) as parent:
-        folder = Path(tempfile.mkdtemp(prefix=".edgeq.", dir=parent))
-        try:
-            yield folder
-            _refuse_foreign(out)
-            _commit(folder, out)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    present = next(filter(Path.exists, out.parents))
+    _remove_left(present)
+    require_room(present, needed_bytes)
+    with parent_of(out) as parent, scratch(parent) as folder:
+        yield folder
+        _refuse_foreign(out)
+        _commit(folder, out)
 
 
 @contextlib.contextmanager
@@ -56,28 +56,33 @@ def parent_of(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def scratch(parent: Path) -> Iterator[Path]:
+    """Empty folder that is removed when the block ends; one whose process was killed is removed by the next here."""
+    _remove_left(parent)
+    folder = Path(tempfile.mkdtemp(prefix=f"{_own_prefix()}{os.getpid()}.", dir=parent))
+    handle = _lock(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+@contextlib.contextmanager
 def resumable(parent: Path, key: str) -> Iterator[Path]:
     """Folder for work that may be stopped: the same one for the same key, until a block ends otherwise than stopped.
 
     A second process with the same key gets a folder of its own. Files that were being written when it was stopped, of
     the suffix .partial, are gone.
     """
-    import fcntl
-
     folder = parent / f".edgeq.walk.{key}"
-    handle = None
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ours = folder.stat().st_ino == os.fstat(handle).st_ino  # not one that another process has just removed
-    except OSError:
-        ours = False
-    if handle is None or not ours:
-        if handle is not None:
-            os.close(handle)
-        with tempfile.TemporaryDirectory(prefix=".edgeq.", dir=parent) as own:
-            yield Path(own)
+    handle = _lock(folder)
+    if handle is None:
+        with scratch(parent) as own:
+            yield own
         return
     try:
         for partial in folder.rglob("*.partial"):
@@ -111,6 +116,43 @@ def require_room(folder: Path, needed_bytes: int) -> None:
 def require_rest(folder: Path, needed_bytes: int) -> None:
     """The same for what a folder's own files lack of so many bytes."""
     require_room(folder, needed_bytes - sum(path.stat().st_size for path in folder.rglob("*")))
+
+
+def _own_prefix() -> str:
+    """How folders begin that processes of this machine make for themselves; their numbers follow."""
+    return f".edgeq.{hashlib.sha256(platform.node().encode()).hexdigest()[:8]}."
+
+
+def _remove_left(parent: Path) -> None:
+    """Remove the folders of this machine's processes that are gone.
+
+    Either sign of life keeps a folder: the process's number, which another container may not know, or the lock, which
+    some file systems do not keep.
+    """
+    import psutil
+
+    for folder in parent.glob(f"{_own_prefix()}*.*"):
+        if psutil.pid_exists(int(folder.name.split(".")[3])) or (handle := _lock(folder)) is None:
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _lock(folder: Path) -> int | None:
+    """Handle that locks a folder until it is closed; None where that cannot be had, or the folder is gone."""
+    import fcntl
+
+    handle = None
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.stat().st_ino == os.fstat(handle).st_ino:
+            return handle
+    except OSError:
+        pass
+    if handle is not None:
+        os.close(handle)
+    return None
 
 
 def _refuse_foreign(out: Path) -> None:

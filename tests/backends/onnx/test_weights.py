@@ -23,6 +23,16 @@ NEW = ("w2g32-e8-mse", "w2ag64-e8-mse", "w4ag16-e4-mse", "w8ag32-e8-rtn", "w4agc
 TABLE_OF_FLOATS = "w4g32-e16-rtn"
 
 
+def each_generation(*recipes: str) -> pytest.MarkDecorator:
+    """Every recipe in every generation; rarer layouts of the two that have Qwen3.5's attention alone are slow."""
+    cases = [(generation, recipe) for recipe in recipes for generation in GENERATIONS]
+    rare = [case for case in cases if case[0] != "3.5" and case[1] in (*NEW, TABLE_OF_FLOATS)]
+    return pytest.mark.parametrize(
+        ("generation", "recipe"),
+        [pytest.param(*case, marks=[pytest.mark.slow] if case in rare else []) for case in cases],
+    )
+
+
 def initializers(folder: object) -> dict[str, np.ndarray]:
     import onnx_ir as ir
 
@@ -83,8 +93,7 @@ def test_every_matrix_of_the_checkpoint_reaches_the_graph_once(built: Build, gen
     assert sorted(found) == sorted(filter(is_quantized, shape.tensors()))
 
 
-@pytest.mark.parametrize("recipe", ["w8g32-e8-rtn", "w4g32-e8-rtn", "w4g32-e4-rtn", *NEW])
-@pytest.mark.parametrize("generation", GENERATIONS)
+@each_generation("w8g32-e8-rtn", "w4g32-e8-rtn", "w4g32-e4-rtn", *NEW)
 def test_packed_bytes_dequantize_to_the_solution(built: Build, tiny: Build, generation: str, recipe: str) -> None:
     checkpoint, stored = Checkpoint.open(tiny(generation)), initializers(built(generation, recipe))
     for name in ("model.layers.1.mlp.down_proj.weight", TABLES[0]):
@@ -109,8 +118,7 @@ def test_a_column_that_is_no_power_of_two_is_stored_in_runs_that_are(tiny: Build
     np.testing.assert_array_equal(stored[f"{name}.scales"], np.repeat(solution.scales, 3, axis=1))
 
 
-@pytest.mark.parametrize("recipe", [*NEW, TABLE_OF_FLOATS])
-@pytest.mark.parametrize("generation", GENERATIONS)
+@each_generation(*NEW, TABLE_OF_FLOATS)
 def test_logits_are_those_of_the_dequantized_weights(
     built: Build,
     quantized: Callable[[str, str, list[int]], np.ndarray],
@@ -173,8 +181,7 @@ def test_sixteen_bit_weights_are_the_checkpoints_own_bytes(built: Build, tiny: B
     np.testing.assert_array_equal(stored.numpy().astype(np.float32), checkpoint.tensor(name))
 
 
-@pytest.mark.parametrize("recipe", ["w16", "w8g32-e8-rtn", "w4g32-e4-rtn", *NEW, TABLE_OF_FLOATS])
-@pytest.mark.parametrize("generation", GENERATIONS)
+@each_generation("w16", "w8g32-e8-rtn", "w4g32-e4-rtn", *NEW, TABLE_OF_FLOATS)
 def test_predicted_bits_per_weight_are_those_of_the_file(built: Build, generation: str, recipe: str) -> None:
     """Second views of the table, rotary caches and the convolution's bias of zeros are the graph's, not the model's."""
     from edgeq.bundle import read
