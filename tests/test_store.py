@@ -362,6 +362,14 @@ def test_a_folder_is_kept_by_the_number_of_its_process_and_by_its_lock(
         assert not folder.exists()
 
 
+@pytest.mark.parametrize("number", ["none", "99999999999999999999"])
+def test_a_folder_whose_name_only_looks_like_that_of_a_process_is_kept(tmp_path: Path, number: str) -> None:
+    other = tmp_path / f"{store._own_prefix()}{number}.x"
+    other.mkdir()
+    with store.scratch(tmp_path):
+        assert other.is_dir()
+
+
 def test_a_folder_of_another_machine_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.pid_exists", lambda number: False)
     left = Path(tempfile.mkdtemp(prefix=f"{store._own_prefix()}123.", dir=tmp_path))

@@ -24,7 +24,7 @@ from edgeq.calibration import Calibration
 from edgeq.checkpoint import Checkpoint
 from edgeq.errors import CorruptInput, EdgeqError, NothingFits, UsageFault
 from edgeq.model import Model
-from edgeq.planning import MIX, Plan
+from edgeq.planning import Plan
 from edgeq.quantize import mix
 from edgeq.quantize.mix import Choice, Option
 from edgeq.recipe import Layout
@@ -231,12 +231,13 @@ def settle(work: Plan, found: Sensitivities, scale: float | None = None) -> tupl
     choice = mix.choose(options, room, _AIM * work.max_loss if work.loss_is_budget else 0.0)
     if choice.bytes > room:
         least = choice.bytes + found.other_bytes
+        unbounded = dataclasses.replace(work.recipe, mixed_bits=None)
         wanted = f"{work.recipe.mixed_bits:g} bits" if work.max_size is None else f"{work.max_size / 1e6:.2f} MB"
         raise NothingFits(
             f"{work.recipe}: no mix of {work.backend} fits {wanted}",
-            why=f"The smallest has {least / 1e6:.2f} MB: {choice.bytes / 1e6:.2f} MB of weights, "
+            why=f"The smallest is predicted to have {least / 1e6:.2f} MB: {choice.bytes / 1e6:.2f} MB of weights, "
             f"{found.other_bytes / 1e6:.2f} MB beside them.",
-            run=f"edgeq build ... --recipe {MIX} --max-size {least / 1e6 + 0.01:.2f}MB",
+            run=f"edgeq build ... --recipe {unbounded} --max-size {least / 1e6 + 0.01:.2f}MB",
         )
     if work.loss_is_budget and choice.cost > work.max_loss * (_DOUBT if scale is None else 1.0):
         within = f" in {work.max_size / 1e6:.1f} MB" if work.max_size else ""

@@ -132,10 +132,10 @@ def _remove_left(parent: Path) -> None:
     import psutil
 
     for folder in parent.glob(f"{_own_prefix()}*.*"):
-        if psutil.pid_exists(int(folder.name.split(".")[3])) or (handle := _lock(folder)) is None:
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
+        with contextlib.suppress(ValueError, OverflowError):  # a name that only looks like one of ours
+            if not psutil.pid_exists(int(folder.name.split(".")[3])) and (handle := _lock(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(handle)
 
 
 def _lock(folder: Path) -> int | None:

@@ -48,6 +48,14 @@ def test_units_that_are_stored_as_one_cost_the_sum_of_theirs() -> None:
     assert found.other_bytes == 7
 
 
+@pytest.mark.parametrize("name", ["x86-avx2", "jetson", "apple-m4", "steam-deck-oled", "web-browser"])
+def test_a_mix_has_room_for_a_larger_library(tiny: Build, name: str) -> None:
+    checkpoint, device = Checkpoint.open(tiny("3")), target.load(name)
+    fixed, mix = (recipe.parse(words) for words in ("w4g32-e8-rtn-kv16", "mix4.5-rtn-kv16"))
+    sizes = [mlc.beside_bytes(Job(checkpoint, each, device, 256, quiet)) for each in (fixed, mix)]
+    assert size.float_bytes(checkpoint.model) < sizes[0] < sizes[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("generation", ["2.5", "3", "3.5"])
 def test_a_mix_computes_what_its_layouts_stand_for_with_its_library_and_without(

@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 ENGINE = ("apache-tvm", "apache-tvm-ffi")
 MIXED = ("w2g64", "w4g128", "w4g32", "w8g32")
 JOINED = {"up_proj": "gate_proj"}
-# Kernels, and a library's bytes for each, of Qwen3-0.6B's and Qwen3.5-0.8B's shape, rounded up; OpenCL's and WebGPU's
-# are source. Mixes: the most, every layout in every kind of layer.
-_KERNELS, _DELTA_KERNELS, _MIXED_KERNELS = 51, 95, 1.65
-_KERNEL_BYTES, _SOURCE_BYTES = {"llvm": 9_000, "cuda": 23_000, "metal": 28_000}, 75_000
+# Kernels of a model without a mix, and a library's bytes for each: the least with a fixed recipe, and the most with every
+# layout in every kind of layer, of the demos and the shapes of Qwen3-0.6B and Qwen3.5-0.8B. OpenCL's are source.
+_KERNELS, _DELTA_KERNELS = 45, 94
+_KERNEL_BYTES = {"llvm": (7_700, 13_600), "cuda": (18_800, 42_000), "metal": (18_000, 52_000)}
+_SOURCE_BYTES = 25_000, 110_000
 OFFICIAL_PYTHON = "EDGEQ_MLC_PYTHON"
 """Environment variable that names the Python of an official compiler, which then compiles."""
 
@@ -51,10 +52,11 @@ def calibrates_cache(recipe: Recipe) -> bool:  # noqa: ARG001
 
 
 def beside_bytes(job: Job) -> int:
-    """Predicted bytes of vectors and of the library, which a mix makes larger: more kinds of matrices, more kernels."""
+    """Bytes of vectors, and those that a library has at least; with a mix, whose layouts want kernels each, at most."""
     model = job.checkpoint.model
-    kernels = (_DELTA_KERNELS if model.linear else _KERNELS) * (_MIXED_KERNELS if job.recipe.mixed else 1)
-    return size.float_bytes(model) + int(kernels * _KERNEL_BYTES.get(job.target.code_generator, _SOURCE_BYTES))
+    least, most = _KERNEL_BYTES.get(job.target.code_generator, _SOURCE_BYTES)
+    kernels = _DELTA_KERNELS if model.linear else _KERNELS
+    return size.float_bytes(model) + kernels * (most if job.recipe.mixed else least)
 
 
 def check(model: Model, recipe: Recipe) -> None:  # noqa: ARG001
