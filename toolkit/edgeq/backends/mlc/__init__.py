@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 ENGINE = ("apache-tvm", "apache-tvm-ffi")
 MIXED = ("w2g64", "w4g128", "w4g32", "w8g32")
 JOINED = {"up_proj": "gate_proj"}
-# Kernels of a model without a mix, and a library's bytes for each: the least with a fixed recipe, and the most with every
-# layout in every kind of layer, of the demos and the shapes of Qwen3-0.6B and Qwen3.5-0.8B. OpenCL's are source.
+# Kernels of a model without a mix, and a library's bytes for each: the least with a fixed recipe, and the most with
+# every layout in every kind of layer, of the demos and the shapes of Qwen3-0.6B and Qwen3.5-0.8B. OpenCL's are source.
 _KERNELS, _DELTA_KERNELS = 45, 94
 _KERNEL_BYTES = {"llvm": (7_700, 13_600), "cuda": (18_800, 42_000), "metal": (18_000, 52_000)}
 _SOURCE_BYTES = 25_000, 110_000
