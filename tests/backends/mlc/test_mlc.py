@@ -62,7 +62,14 @@ def for_vulkan() -> Target:
 def described(tiny: Build, words: str = "f32", provider: str = "cpu") -> bundle.Bundle:
     """A manifest, as far as a session reads it."""
     config = Checkpoint.open(tiny("3")).model.config()
-    fields = {"context": 512, "config": config, "recipe": words, "provider": provider, "target": "jetson"}
+    fields = {
+        "context": 512,
+        "config": config,
+        "recipe": words,
+        "layouts": None,
+        "provider": provider,
+        "target": "jetson",
+    }
     return cast(bundle.Bundle, SimpleNamespace(**fields))
 
 
