@@ -25,8 +25,8 @@ JOINED = {"up_proj": "gate_proj"}
 # Kernels of a model without a mix, and a library's bytes for each: the least with a fixed recipe, and the most with
 # every layout in every kind of layer, of the demos and the shapes of Qwen3-0.6B and Qwen3.5-0.8B. OpenCL's are source.
 _KERNELS, _DELTA_KERNELS = 45, 94
-_KERNEL_BYTES = {"llvm": (7_700, 13_600), "cuda": (18_800, 42_000), "metal": (18_000, 52_000)}
-_SOURCE_BYTES = 25_000, 110_000
+_KERNEL_BYTES = {"llvm": (7_700, 13_600), "cuda": (18_800, 42_000), "metal": (18_000, 52_100)}
+_SOURCE_BYTES = 25_000, 110_500
 OFFICIAL_PYTHON = "EDGEQ_MLC_PYTHON"
 """Environment variable that names the Python of an official compiler, which then compiles."""
 
