@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from rich.console import Console
@@ -25,6 +26,7 @@ from peers.served import Served
 from peers.speed import Speed
 
 PROGRAM = """
+import msgspec
 import numpy as np
 from peers import serving
 class Engine:
@@ -154,6 +156,8 @@ def test_speed_is_held_against_the_fastest_peer_and_the_bandwidth() -> None:
     assert [figures.ratio(row).value for row in rows] == pytest.approx([1.2, 0.5, 0.6])
     assert [figures.verdict(row) for row in rows] == ["missed"] * 3
     assert {row.what.rpartition(" against ")[2] for row in rows[:2]} == {"llama.cpp Q4_0"}
+    (share,) = speed.goals([msgspec.structs.replace(found[0], bandwidths=(12e9, 8e9, 7e9))])
+    assert figures.ratio(share).value == pytest.approx(0.75)
     lines = rendered(shown.speeds(found)).splitlines()
     assert "60%" in lines[1]
     assert "not on the index" in lines[4]

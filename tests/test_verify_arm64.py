@@ -228,9 +228,10 @@ def test_a_library_that_would_be_compiled_anew_proves_nothing(
 ) -> None:
     pytest.importorskip("tvm", reason="needs edgeq[tvm]")
     from edgeq.backends import mlc
-    from edgeq.backends.mlc import built_in
+    from edgeq.backends.mlc import built_in, report
 
-    monkeypatch.setattr(mlc, "load", lambda _, manifest: built_in.for_this_cpu(manifest, "float32"))
+    told: dict[str, Any] = {"compiler": "edgeq", "isa": (), "dtype": "float32", "floats": "float32", "kernels": ()}
+    monkeypatch.setattr(mlc, "load", lambda _, manifest: built_in.for_this_cpu(manifest, report.Report(**told)))
     null_bundles.write(tmp_path / "bundle", backend=script.COMPILED)
     assert script.in_guest(tmp_path / "bundle", tmp_path / "logits.npy") == 30
     assert "the library is not for this processor" in capsys.readouterr().err

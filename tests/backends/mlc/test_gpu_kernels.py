@@ -100,7 +100,7 @@ def test_a_packed_matrix_times_tokens(gpu: Find, kind: str, dtype: str, rule: st
     shape, rows = ROWS[rule]
     with found.target:
         linear = Linear(
-            Precision(layout, layout, dtype, "float32"), "model.layers.0.mlp.down_proj.weight", INPUTS, OUTPUTS
+            Precision(layout, layout, dtype, dtype, "float32"), "model.layers.0.mlp.down_proj.weight", INPUTS, OUTPUTS
         )
         x = spec.Tensor([*shape, INPUTS], dtype)
         module, _ = linear.export_tvm({"forward": {"x": x, "$": {"param_mode": "plain", "effect_mode": "none"}}})
@@ -228,7 +228,7 @@ class PagedAttention:
         model = dataclasses.replace(read_config(config_of("3")), **shape)
         named, create = recipe.parse(RECIPE), "create_tir_paged_kv_cache"
         with gpu:
-            decoder = qwen3.decoder(model, Precision(named.body, named.table, dtype, "float32"), gpu)
+            decoder = qwen3.decoder(model, Precision(named.body, named.table, dtype, dtype, "float32"), gpu)
             module, _ = decoder.export_tvm({create: decoder.functions()[create]})
             return schedules.apply(gpu, {})(only(module, ATTENTION))
 

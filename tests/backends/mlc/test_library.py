@@ -63,8 +63,8 @@ def test_library_for_this_machine_runs(tmp_path: Path) -> None:
     from tvm import relax
 
     machine = relax.VirtualMachine(tvm.runtime.load_module(str(path)), tvm.cpu())
-    x = np.linspace(-2, 2, tvm_executables.SIZE, dtype=np.float32)
-    np.testing.assert_allclose(machine["main"](tvm.runtime.tensor(x)).numpy(), np.exp(2 * x), rtol=1e-6)
+    x = np.linspace(0.1, 2, tvm_executables.SIZE, dtype=np.float32)
+    np.testing.assert_allclose(machine["main"](tvm.runtime.tensor(x)).numpy(), np.log(2 * x), rtol=1e-5)
 
 
 @pytest.mark.usefixtures("zig")

@@ -45,8 +45,8 @@ def compilations(packed: Build, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     seen: list[str] = []
 
-    def for_this_cpu(described: bundle.Bundle, floats: str) -> Any:
-        seen.append(floats)
+    def for_this_cpu(described: bundle.Bundle, made: Any) -> Any:
+        seen.append(made.floats)
         return tvm.runtime.load_module(str(library.find(packed("3", described.recipe))))
 
     monkeypatch.setattr(built_in, "for_this_cpu", for_this_cpu)
@@ -220,6 +220,20 @@ def test_without_tvm_a_bundle_is_not_loaded(tiny: Build, tmp_path: Path, monkeyp
 def test_a_library_for_this_machine_is_run_as_it_is(tiny: Build, packed: Build, compilations: list[str]) -> None:
     assert logits(packed("3", "f32"), described(tiny)).shape == (40, 288)
     assert compilations == []
+
+
+def test_threads_give_way_unless_the_environment_says_otherwise(
+    tiny: Build, packed: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TVM_THREAD_POOL_SPIN_COUNT", "TVM_BIND_THREADS"):
+        monkeypatch.setenv(name, "of one's own")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TVM_NUM_THREADS", "1")
+    mlc.load(packed("3", "f32"), described(tiny)).close()
+    assert (os.environ["TVM_THREAD_POOL_SPIN_COUNT"], os.environ["TVM_BIND_THREADS"]) == ("100", "0")
+    monkeypatch.setenv("TVM_BIND_THREADS", "1")
+    mlc.load(packed("3", "f32"), described(tiny)).close()
+    assert (os.environ["TVM_NUM_THREADS"], os.environ["TVM_BIND_THREADS"]) == ("1", "1")
 
 
 @pytest.mark.parametrize("why", ["instructions", "machine", "device"])

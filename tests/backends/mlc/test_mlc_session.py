@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+import in_8_bits
 import led
 from checkpoints import Build, quiet
 from edgeq import bundle, recipe, size, transformer
@@ -29,8 +30,9 @@ Open = Callable[..., Any]
 IDS = [(7 * n + 3) % 251 for n in range(300)]
 STEPS = 6
 EXACT = 1e-4
-HALF = 2e-2
-"""Largest difference of a logit, of at most 2.6, with float32 and float16: 8.7e-6 and 5.7e-3 were measured."""
+NEAR, USUALLY = 0.1, 6e-3
+"""Largest difference of a logit, of at most 2.6, in float32; the same where matrices read 8 bits, of which few are
+rounded the other way, or the cache has float16, and the difference of most: 0.04 and 0.0037 were measured."""
 
 
 class Variant(NamedTuple):
@@ -42,8 +44,14 @@ class Variant(NamedTuple):
 
     @property
     def near(self) -> float:
-        """Largest difference of a logit: sums are taken in another order, and with kv16 activations are float16."""
-        return HALF if self.recipe.endswith("-kv16") else EXACT
+        """Largest difference of a logit from transformers': sums are taken in another order."""
+        return NEAR if self.rounds or self.recipe.endswith("-kv16") else EXACT
+
+    @property
+    def rounds(self) -> bool:
+        """Whether matrices are in tiles, which read activations in 8 bits."""
+        words = recipe.parse(self.recipe)
+        return not words.body.is_float and words.body.group != 16
 
 
 QUICK = [
@@ -111,10 +119,12 @@ def opened(packed: Build) -> Iterator[Open]:
 
 @pytest.fixture(scope="session")
 def reference(tiny: Build) -> Callable[..., Logits]:
-    """Float32 logits of transformers for IDS and more, its matrices replaced by what the variant's recipe makes."""
+    """Float32 logits of transformers for IDS and more, its matrices replaced by what the variant's recipe makes, which
+    read what processors' do if `rounds`.
+    """
 
     @cache
-    def model(folder: Path, name: str, also: tuple[str, ...]) -> Any:
+    def model(folder: Path, name: str, also: tuple[str, ...], *, rounds: bool) -> Any:
         import torch
 
         checkpoint = Checkpoint.open(folder)
@@ -123,13 +133,16 @@ def reference(tiny: Build) -> Callable[..., Logits]:
             if size.is_quantized(each) or each.endswith(also):
                 values = rounded(checkpoint, recipe.parse(name), each)
                 found.get_parameter(each).data = torch.from_numpy(values)
+        if rounds:
+            in_8_bits.make(found)
         return found
 
-    def logits(variant: Variant, ids: list[int], also: tuple[str, ...] = ()) -> Logits:
+    def logits(variant: Variant, ids: list[int], also: tuple[str, ...] = (), *, rounds: bool = True) -> Logits:
         import torch
 
         with torch.inference_mode():
-            made = model(tiny(variant.generation, **variant.options), variant.recipe, also)
+            folder = tiny(variant.generation, **variant.options)
+            made = model(folder, variant.recipe, also, rounds=variant.rounds and rounds)
             found: Logits = made(input_ids=torch.tensor([ids])).logits[0].numpy()
         return found
 
@@ -150,11 +163,17 @@ def generated(session: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int],
     return list(session.generate(IDS, STEPS)), seen
 
 
+def assert_near(found: Logits, wanted: Logits, variant: Variant) -> None:
+    difference = np.abs(found - wanted)
+    assert difference.max() <= variant.near
+    assert np.median(difference) <= min(variant.near, USUALLY)
+
+
 def test_logits_are_those_of_transformers(opened: Open, reference: Callable[..., Logits], variant: Variant) -> None:
     """In ten chunks, whose states and cache the next one needs."""
     found = opened(variant).logits(IDS)
     assert (found.shape, found.dtype) == ((len(IDS), 288), np.float32)
-    np.testing.assert_allclose(found, reference(variant, IDS), rtol=0, atol=variant.near)
+    assert_near(found, reference(variant, IDS), variant)
 
 
 def test_prompts_in_chunks_and_decoded_tokens_have_the_logits_of_transformers(
@@ -165,7 +184,7 @@ def test_prompts_in_chunks_and_decoded_tokens_have_the_logits_of_transformers(
     wanted = reference(variant, IDS + tokens)
     ends = np.cumsum([length for length, _ in runs]) - 1
     found = np.stack([logits for _, logits in runs])
-    np.testing.assert_allclose(found, wanted[ends], rtol=0, atol=variant.near)
+    assert_near(found, wanted[ends], variant)
     assert tokens == found[1:].argmax(axis=1).tolist()
 
 
@@ -214,6 +233,15 @@ def test_more_tokens_than_the_context_are_refused_with_the_number(opened: Open) 
         next(session.generate(IDS[:60], 5))
 
 
+def test_more_tokens_than_a_session_began_with_are_refused(opened: Open) -> None:
+    session = opened(QUICK[1])
+    session.begin(10)
+    session.advance(IDS[:200])
+    with pytest.raises(UsageFault, match="300 tokens do not fit the 256 that this session began with"):
+        session.advance(IDS[200:])
+    assert session.advance(IDS[200:256]).shape == (1, 288)
+
+
 @pytest.mark.parametrize("other", [QUICK[0], QUICK[2]], ids=["of another model", "of another type"])
 def test_weights_of_another_library_are_refused(opened: Open, packed: Build, other: Variant) -> None:
     folder = packed(other.generation, other.recipe, **other.options)
@@ -232,7 +260,7 @@ def test_a_type_that_differs_is_named(opened: Open, packed: Build, tmp_path: Pat
     (tmp_path / tensor_cache.INDEX).write_text(json.dumps(index))
     with pytest.raises(BackendFault, match="do not belong together") as raised:
         opened(QUICK[2], tmp_path)
-    assert "model.embed_tokens.q_scale as float16 [288, 2], the weights have uint16" in raised.value.why
+    assert "model.embed_tokens.q_scale as float16 [18, 2, 16], the weights have uint16" in raised.value.why
 
 
 def test_placement_counts_every_layer_the_output_and_all_weights(opened: Open, packed: Build) -> None:
@@ -243,6 +271,7 @@ def test_placement_counts_every_layer_the_output_and_all_weights(opened: Open, p
     assert place.bytes == sum(each["nbytes"] for each in held.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 1, 3], ids=[each.generation for each in (QUICK[0], QUICK[1], QUICK[3])])
 def test_weights_of_the_official_compiler_give_the_same_logits(
     opened: Open, reference: Callable[..., Logits], tiny: Build, here: Target, tmp_path: Path, index: int
@@ -259,10 +288,21 @@ def test_weights_of_the_official_compiler_give_the_same_logits(
     )
     official_weights.for_built_in(theirs, checkpoint.model, ours)
     small = () if job.recipe.body.is_float else ("in_proj_a.weight", "in_proj_b.weight")
-    found = opened(variant, ours).logits(IDS)
-    np.testing.assert_allclose(found, reference(variant, IDS, small), rtol=0, atol=EXACT)
-    if variant.generation != "3.5":
-        np.testing.assert_array_equal(found, opened(variant).logits(IDS))
+    found = in_rows(checkpoint, variant, ours).logits(IDS)
+    np.testing.assert_allclose(found, reference(variant, IDS, small, rounds=False), rtol=0, atol=EXACT)
+
+
+def in_rows(checkpoint: Checkpoint, variant: Variant, folder: Path) -> Any:
+    """Session on this CPU over weights as GPUs read them."""
+    import tvm
+
+    from edgeq.backends.mlc import compiler, devices
+    from edgeq.backends.mlc.session import MlcSession
+
+    how = compiler.precision(recipe.parse(variant.recipe), "bfloat16")
+    made = compiler.compile_model(checkpoint.model, how, devices.this_cpu(), 512)
+    described = cast(bundle.Bundle, SimpleNamespace(context=512, config=checkpoint.model.config()))
+    return MlcSession(made.executable, tvm.cpu(), folder, described)
 
 
 def written(checkpoint: Path, variant: Variant, packed: Build, here: Target, out: Path) -> None:
@@ -282,7 +322,7 @@ def test_a_session_goes_on_after_it_found_no_memory(opened: Open, monkeypatch: p
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(session, "_function", lambda *names: full)
+        patch.setattr(session, "_tensor", full)
         with pytest.raises(OutOfMemory, match="no room for a cache of 512 tokens"):
             session.logits(IDS)
     np.testing.assert_array_equal(session.logits(IDS[:20]), wanted)
@@ -299,9 +339,9 @@ def test_tokens_that_were_taken_back_leave_nothing_behind(opened: Open, index: i
 
 def test_prompt_lookup_gives_the_tokens_of_plain_decoding(opened: Open, variant: Variant) -> None:
     session = opened(variant)
-    tie = HALF if variant.recipe.endswith("-kv16") else EXACT
+    tie = variant.near
     same = [led.assert_same_or_tied(session, [*IDS[n : n + 20], *IDS[n : n + 11]], 40, 2 * tie) for n in (0, 50)]
-    assert all(same) or tie == HALF
+    assert all(same) or tie == NEAR
 
 
 def test_states_without_history_cannot_be_left(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:

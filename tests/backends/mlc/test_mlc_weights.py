@@ -57,8 +57,8 @@ JOINED = {
 }
 
 
-def listed(generation: str, name: str, tied: bool) -> Parameters:
-    """Every parameter that a library of a tiny checkpoint has, spelled out from the table above."""
+def listed(generation: str, name: str, tied: bool, *, tiles: bool = False) -> Parameters:
+    """Every parameter that a library of a tiny checkpoint has, spelled out from the table above, in tiles or rows."""
     wanted = recipe.parse(name)
     dtype = "float16" if wanted.kv_bits == 16 else "float32"
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (288, 64), "model.norm.weight": (64,)}
@@ -70,11 +70,14 @@ def listed(generation: str, name: str, tied: bool) -> Parameters:
     for stem, shape in shapes.items():
         layout = wanted.table if stem in ("model.embed_tokens", "lm_head") else wanted.body
         if not stem.endswith(("_proj", "_qkv", "_z", "embed_tokens", "lm_head")):
-            found[stem] = shape, dtype if stem.endswith(".bias") else "float32"
+            found[stem] = shape, dtype if stem.endswith(".bias") and not tiles else "float32"
         elif layout.is_float:
             halved = layout.name in ("bf16", "w16")
             stored = {"f32": "float32", "f16": "float16"}.get(layout.name, "uint32")
             found[f"{stem}.weight"] = (shape[0], shape[1] // 2) if halved else shape, stored
+        elif tiles:
+            found[f"{stem}.q_weight"] = (shape[0] // 16, shape[1] // 32, layout.bits, 16), "uint32"
+            found[f"{stem}.q_scale"] = (shape[0] // 16, shape[1] // layout.group, 16), dtype
         else:
             found[f"{stem}.q_weight"] = (shape[0], shape[1] * layout.bits // 32), "uint32"
             found[f"{stem}.q_scale"] = (shape[0], shape[1] // layout.group), dtype
@@ -111,12 +114,26 @@ def expected(checkpoint: Checkpoint, name: str, stem: str) -> Floats:
     return values + np.float32(1) if around_zero else values
 
 
+def from_tiles(words: NDArray[np.uint32], scales: Floats) -> Floats:
+    """What words and scales in tiles stand for, in groups of 32."""
+    tiles, blocks, bits, rows = words.shape
+    found = np.empty((tiles * rows, blocks * 32), np.float32)
+    for column in range(found.shape[1]):
+        part, rest = divmod(column % 32, 4 * bits)
+        shift = np.uint32(8 * (rest % 4) + bits * part)
+        codes = words[:, column // 32, rest // 4] >> shift & np.uint32((1 << bits) - 1)
+        found[:, column] = ((codes.astype(np.float32) - (2 ** (bits - 1) - 1)) * scales[:, column // 32]).ravel()
+    return found
+
+
 def stored(folder: Path, stem: str) -> Floats:
     """Values of a parameter in a tensor cache, as float32."""
     held = tensor_cache.records(folder)
     if f"{stem}.q_weight" in held:
         words = tensor_cache.read(folder, held[f"{stem}.q_weight"])
         scales = tensor_cache.read(folder, held[f"{stem}.q_scale"]).astype(np.float32)
+        if words.ndim == 4:
+            return from_tiles(words, scales)
         bits = words.shape[1] // scales.shape[1]  # in groups of 32
         codes = (words[:, :, None] >> np.arange(0, 32, bits, dtype=np.uint32) & (2**bits - 1)).reshape(len(words), -1)
         found: NDArray[np.float32] = (codes.astype(np.float32) - (2 ** (bits - 1) - 1)) * np.repeat(scales, 32, axis=1)
@@ -142,10 +159,11 @@ def stems(parameters: Parameters) -> list[str]:
 
 @pytest.mark.parametrize("name", ["w4g32-e8-rtn", "w8g32-e4-rtn-kv16", "f32", "w2g32-e16-mse"])
 @pytest.mark.parametrize(("generation", "options"), VARIANTS)
+@pytest.mark.parametrize("tiles", [False, True])
 def test_every_parameter_has_the_checkpoints_values(
-    tiny: Build, here: Target, tmp_path: Path, generation: str, options: dict[str, Any], name: str
+    tiny: Build, here: Target, tmp_path: Path, generation: str, options: dict[str, Any], name: str, tiles: bool
 ) -> None:
-    parameters = listed(generation, name, options.get("tied", True))
+    parameters = listed(generation, name, options.get("tied", True), tiles=tiles)
     checkpoint = write(tiny(generation, **options), name, here, tmp_path, parameters)
     held = tensor_cache.records(tmp_path)
     assert {each: (tuple(held[each]["shape"]), held[each]["dtype"]) for each in held} == parameters
@@ -196,7 +214,7 @@ def test_compiled_libraries_want_these_parameters(
 ) -> None:
     held = tensor_cache.records(packed(generation, name, **options))
     found = {each: (tuple(held[each]["shape"]), held[each]["dtype"]) for each in held}
-    assert found == listed(generation, name, options.get("tied", True))
+    assert found == listed(generation, name, options.get("tied", True), tiles=True)
 
 
 def test_another_shape_than_the_library_wants_is_a_fault_and_leaves_no_index(

@@ -21,7 +21,8 @@ _LARGEST_DIFFERENCE = 0.01
 def build(job: Job, out: Path) -> Compiled:
     """Write library, weights and report into `out`; raises as the backend's `build` does."""
     target, model = job.target, job.checkpoint.model
-    how = compiler.precision(job.recipe, "float16" if job.checkpoint.dtype(size.TABLES[0]) == "F16" else "bfloat16")
+    own = "float16" if job.checkpoint.dtype(size.TABLES[0]) == "F16" else "bfloat16"
+    how = compiler.precision(job.recipe, own, tiles=target.code_generator == "llvm")
     job.progress("compile", 0, 1)
     with kernels.kept_as_source():
         made = compiler.compile_model(model, how, devices.tvm_target(target), job.context)
@@ -29,17 +30,23 @@ def build(job: Job, out: Path) -> Compiled:
     found = kernels.check(made.executable, target.code_generator, target.gpu.arch if target.gpu else "")
     library.export(made.executable, out, target.host, found.binaries)
     job.progress("compile", 1, 1)
-    report.write(
-        Report(compiler=BUILT_IN, isa=target.cpu.isa, dtype=how.dtype, floats=how.floats, kernels=made.kernels), out
+    told = Report(
+        compiler=BUILT_IN,
+        isa=target.cpu.isa,
+        dtype=how.dtype,
+        floats=how.floats,
+        kernels=made.kernels,
+        tiles=how.tiles,
     )
+    report.write(told, out)
     weights.write(job, made.parameters, out)
     return Compiled(kernels=found.state if found.names else None, memory=made.memory)
 
 
-def for_this_cpu(bundle: Bundle, floats: str) -> Any:
-    """Executable of a bundle's model for the CPU at hand; `floats` is the type of matrices that are not quantized."""
+def for_this_cpu(bundle: Bundle, made: Report) -> Any:
+    """Executable for the CPU at hand of a bundle's model, which reads the weights as they were made for another."""
     chosen = tuple((name, layout(word)) for name, word in (bundle.layouts or {}).items())
-    how = compiler.precision(dataclasses.replace(parse(bundle.recipe), chosen=chosen), floats)
+    how = compiler.precision(dataclasses.replace(parse(bundle.recipe), chosen=chosen), made.floats, tiles=made.tiles)
     return compiler.compile_model(read_config(bundle.config), how, devices.this_cpu(), bundle.context).executable
 
 

@@ -39,15 +39,17 @@ class Compiled:
     memory: MemoryPlan
 
 
-def precision(recipe: Recipe, own: str) -> Precision:
+def precision(recipe: Recipe, own: str, *, tiles: bool = False) -> Precision:
     """How a recipe is stored and computed; `own` is the checkpoint's 16-bit type, for w16 and tables of 16 bits.
 
-    A float16 cache means float16 activations and scales: attention reads and writes one type.
+    A float16 cache means float16 scales, and where matrices are not in tiles float16 activations too: paged attention
+    reads and writes one type.
     """
     names = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "w16": own}
     floats = names.get(recipe.table.name, "float32")
-    dtype = "float16" if recipe.kv_bits == 16 else "float32"
-    return Precision(recipe.body, recipe.table, dtype, floats, dict(recipe.chosen))
+    stored = "float16" if recipe.kv_bits == 16 else "float32"
+    dtype = "float32" if tiles else stored
+    return Precision(recipe.body, recipe.table, dtype, stored, floats, dict(recipe.chosen), tiles)
 
 
 def compile_model(model: Model, how: Precision, target: Any, context: int) -> Compiled:
@@ -75,7 +77,7 @@ def compile_model(model: Model, how: Precision, target: Any, context: int) -> Co
     kernels = tuple(Kernel(name, taken[name], times, times * found["bytes"][name]) for name, times in calls.items())
     memory = MemoryPlan(
         weights_bytes=sum(map(_bytes, parameters.values())),
-        kv_cache_bytes_per_token=found["kv_cache_bytes_per_token"],
+        kv_cache_bytes_per_token=found.get("kv_cache_bytes_per_token") or decoder.cache_bytes,
         state_bytes=sum(map(_bytes, decoder.states)),
         temporary_bytes=found["temporary_bytes"],
     )
@@ -85,7 +87,8 @@ def compile_model(model: Model, how: Precision, target: Any, context: int) -> Co
 def _description(
     model: Model, how: Precision, context: int, decoder: Decoder, parameters: Mapping[str, tuple[tuple[int, ...], str]]
 ) -> dict[str, Any]:
-    """What the library says of itself, by the keys of MLC's libraries; `states` and `verify_chunk_size` are edgeq's."""
+    """What the library says of itself, by the keys of MLC's libraries; `states`, `caches`, `verify_chunk_size`
+    and the kind of state `plain` are edgeq's."""
     return {
         "model_type": model.model_type,
         "quantization": f"{'mix' if how.chosen else f'{how.body.name}-{how.table.name}'}-{how.dtype}",
@@ -93,7 +96,11 @@ def _description(
         "prefill_chunk_size": CHUNK,
         "verify_chunk_size": VERIFY_CHUNK,
         "max_batch_size": _BATCH,
-        "kv_state_kind": "hybrid" if decoder.states else "kv_cache",
+        "kv_state_kind": "plain" if decoder.plain else "hybrid" if decoder.states else "kv_cache",
+        "caches": [
+            {"shape": [-1 if size == "blocks" else size for size in shape], "dtype": dtype}
+            for shape, dtype in decoder.caches
+        ],
         "states": [{"shape": list(shape), "dtype": dtype} for shape, dtype in decoder.states],
         "params": [{"name": name, "shape": shape, "dtype": dtype} for name, (shape, dtype) in parameters.items()],
     }

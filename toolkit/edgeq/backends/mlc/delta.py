@@ -9,6 +9,8 @@ from tvm import s_tir
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.script import tirx as T
 
+from edgeq.backends.mlc.cpu import delta as on_processor
+
 
 def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """Outputs [batch, n, value heads, value size] and the state, which is overwritten; everything float32.
@@ -17,7 +19,10 @@ def delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor, sta
     heads, key size] and serve consecutive value heads; v is [batch, n, value heads, value size]; decay and beta
     [batch, n, value heads]; state [batch, value heads, key size, value size].
     """
-    function = kernel(int(k.shape[2]), int(v.shape[2]), int(k.shape[3]), int(v.shape[3]))
+    on_cpu = tvm.target.Target.current(allow_none=False).kind.name == "llvm"
+    function = (on_processor.kernel if on_cpu else kernel)(
+        int(k.shape[2]), int(v.shape[2]), int(k.shape[3]), int(v.shape[3])
+    )
     out = [Tensor.placeholder(v.shape, "float32"), Tensor.placeholder(state.shape, "float32")]
     found = op.tensor_ir_inplace_op(function, "delta_rule", [q, k, v, decay, beta, state], [-1, 5], out)
     return found[0], found[1]
@@ -68,9 +73,6 @@ def kernel(key_heads: int, value_heads: int, key_size: int, value_size: int) -> 
 
     schedule = s_tir.Schedule(scan)
     head, column = schedule.get_loops(schedule.get_sblock("scan"))
-    if tvm.target.Target.current(allow_none=False).kind.name == "llvm":
-        schedule.parallel(head)
-    else:
-        schedule.bind(head, "blockIdx.x")
-        schedule.bind(column, "threadIdx.x")
+    schedule.bind(head, "blockIdx.x")
+    schedule.bind(column, "threadIdx.x")
     return schedule.mod["main"].with_attr("tirx.is_scheduled", True)

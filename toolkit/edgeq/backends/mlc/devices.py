@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 from edgeq.errors import UsageFault
+from edgeq.machine import this_machine
 from edgeq.target import Target
 
 _CPU = {"x86_64": {"mcpu": "x86-64-v3"}, "aarch64": {}}
 """What every x86-64 target of edgeq has at least (AVX2, FMA, F16C), and any 64-bit ARM."""
+
+_FEATURES = {
+    "avx_vnni": "+avxvnni",
+    "avx512_vnni": "+avx512f,+avx512bw,+avx512dq,+avx512vl,+avx512vnni",
+    "dotprod": "+dotprod",
+}
+"""LLVM's names of the instruction sets that kernels ask for by name."""
 
 
 def tvm_target(target: Target) -> Any:
@@ -36,7 +45,7 @@ def this_cpu() -> Any:
     """`tvm.target.Target` of this machine's CPU."""
     from tvm.target import Target as TvmTarget
 
-    return TvmTarget({"kind": "llvm", **_CPU[_arch()]})
+    return TvmTarget({"kind": "llvm", **_CPU[_arch()], **_features(this_machine().isa)})
 
 
 def find(provider: str) -> Any | None:
@@ -60,7 +69,12 @@ def _host(target: Target) -> dict[str, Any]:
             why=f"{target.name} names it.",
             run="leave mcpu out of the target's [mlc] table, for any processor of the architecture",
         )
-    return {"kind": "llvm", "mtriple": target.host} | ({"mcpu": mcpu} if mcpu else {})
+    return {"kind": "llvm", "mtriple": target.host, **_features(target.cpu.isa)} | ({"mcpu": mcpu} if mcpu else {})
+
+
+def _features(isa: Sequence[str]) -> dict[str, Any]:
+    found = [feature for name in isa if name in _FEATURES for feature in _FEATURES[name].split(",")]
+    return {"mattr": found} if found else {}
 
 
 def _arch() -> str:

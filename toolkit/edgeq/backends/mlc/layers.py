@@ -10,7 +10,8 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 
 from edgeq.backends.mlc import operators
-from edgeq.backends.mlc.packing import WORD
+from edgeq.backends.mlc.cpu import matrices
+from edgeq.backends.mlc.packing import BLOCK, ROWS, WORD
 from edgeq.model import Model
 from edgeq.recipe import Layout
 from edgeq.size import TABLES
@@ -22,16 +23,19 @@ _BFLOAT16_BITS = 16
 class Precision:
     """How a library stores and computes.
 
-    body and table: layouts of the matrices; dtype: float32 or float16, of activations, scales, keys and values;
-    floats: dtype of matrices that are not quantized (bfloat16 is packed in words, which every API can read); chosen:
-    layouts of a mixed recipe, by the checkpoint's names.
+    body and table: layouts of the matrices; dtype: float32 or float16, of activations; stored: float32 or float16, of
+    scales, keys and values; floats: dtype of matrices that are not quantized (bfloat16 is packed in words, which every
+    API can read); chosen: layouts of a mixed recipe, by the checkpoint's names; tiles: quantized matrices are stored as
+    processors read them.
     """
 
     body: Layout
     table: Layout
     dtype: str
+    stored: str
     floats: str
     chosen: Mapping[str, Layout] = field(default_factory=dict)
+    tiles: bool = False
 
     def layout(self, name: str) -> Layout:
         """Layout of a matrix, by the checkpoint's name."""
@@ -45,10 +49,16 @@ class Linear(nn.Module):
         layout = precision.layout(name)
         self.dtype = precision.dtype
         self.bits = 0
-        if not layout.is_float:
+        run = layout.of(inputs).run if not layout.is_float else 0
+        self.tiles = precision.tiles and run and run % BLOCK == 0 and outputs % ROWS == 0
+        if self.tiles:
+            self.bits = layout.bits
+            self.q_weight = nn.Parameter((outputs // ROWS, inputs // BLOCK, self.bits, ROWS), "uint32")
+            self.q_scale = nn.Parameter((outputs // ROWS, inputs // run, ROWS), precision.stored)
+        elif not layout.is_float:
             self.bits = layout.bits
             self.q_weight = nn.Parameter((outputs, inputs * self.bits // WORD), "uint32")
-            self.q_scale = nn.Parameter((outputs, inputs // layout.of(inputs).run), precision.dtype)
+            self.q_scale = nn.Parameter((outputs, inputs // run), precision.stored)
         elif precision.floats == "bfloat16":
             self.bits = _BFLOAT16_BITS
             self.weight = nn.Parameter((outputs, inputs * self.bits // WORD), "uint32")
@@ -59,7 +69,9 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, out_dtype: str | None = None) -> Tensor:
         """x [batch, n, inputs] to [batch, n, outputs]."""
         out_dtype = out_dtype or self.dtype
-        if self.bits:
+        if self.tiles:
+            y = matrices.matmul(x, self.q_weight, self.q_scale, self.bits)
+        elif self.bits:
             y = operators.packed_matmul(x, self._words(), self._scales(), self.bits, out_dtype)
         else:
             y = operators.float_matmul(x, self.weight, out_dtype)
@@ -67,6 +79,8 @@ class Linear(nn.Module):
 
     def take(self, ids: Tensor) -> Tensor:
         """Rows `ids` int32 [n], as [n, inputs]."""
+        if self.tiles:
+            return matrices.take(self.q_weight, self.q_scale, ids, self.bits)
         if self.bits:
             return operators.packed_take(self._words(), self._scales(), ids, self.bits, self.dtype)
         return operators.float_take(self.weight, ids, self.dtype)

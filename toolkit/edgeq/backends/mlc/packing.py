@@ -10,6 +10,9 @@ middle is one higher fits with codes mirrored and scales negated, (15 - c - 7) *
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,6 +21,9 @@ from edgeq.quantize.solution import Solution
 from edgeq.recipe import run_of
 
 WORD = 32
+BLOCK = 32
+ROWS = 16
+"""Inputs of a block in a tile."""
 
 
 def middle(bits: int) -> int:
@@ -55,3 +61,38 @@ def dequantize(packed: NDArray[np.uint32], scales: NDArray[np.float32], bits: in
     codes = (packed[:, :, None] >> shifts) & np.uint32((1 << bits) - 1)
     grouped = codes.reshape(*scales.shape, -1).astype(np.float32) - np.float32(middle(bits))
     return (grouped * scales[:, :, None]).reshape(len(packed), -1)
+
+
+def in_tiles(values: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
+    """Words [outputs, inputs * bits / 32] or scales [outputs, groups] as a processor reads them, 16 rows side by side.
+
+    shape: [outputs / 16, inputs / 32, bits, 16] of words, whose word `j` of a block has codes of the inputs 4 j to
+    4 j + 3 in its four bytes, from the lowest bits on, and beside each of them the one 4 * bits inputs further, and so
+    on; [outputs / 16, groups, 16] of scales.
+    """
+    if len(shape) == 3:
+        return np.ascontiguousarray(values.reshape(-1, ROWS, values.shape[1]).transpose(0, 2, 1))
+    tiles, blocks, bits, _ = shape
+    each = 8 // bits
+    shifts = np.arange(0, WORD, bits, dtype=np.uint32)
+    found = np.empty((tiles, blocks, bits, ROWS), np.uint32)
+    for tile in range(tiles):
+        rows = values[tile * ROWS : (tile + 1) * ROWS, :, None]
+        codes = (rows >> shifts & np.uint32((1 << bits) - 1)).astype(np.uint8)
+        parts = codes.reshape(ROWS, blocks, each, bits, 4).transpose(2, 1, 3, 0, 4)
+        together = np.zeros(parts.shape[1:], np.uint8)
+        for part, own in enumerate(parts):
+            together |= own << np.uint8(part * bits)
+        found[tile] = together.view("<u4")[..., 0]
+    return found
+
+
+def in_rows(values: NDArray[Any]) -> NDArray[Any]:
+    """Words or scales in tiles as GPUs read them, [outputs, inputs * bits / 32] or [outputs, groups]."""
+    if values.ndim == 3:
+        return np.ascontiguousarray(values.transpose(0, 2, 1)).reshape(-1, values.shape[1])
+    tiles, blocks, bits, _ = values.shape
+    bytes_ = np.ascontiguousarray(values).view(np.uint8).reshape(tiles, blocks, bits, ROWS, 4)
+    parts = [bytes_ >> np.uint8(shift) & np.uint8((1 << bits) - 1) for shift in range(0, 8, bits)]
+    codes = np.stack(parts).transpose(1, 4, 2, 0, 3, 5)
+    return words(np.ascontiguousarray(codes).reshape(tiles * ROWS, blocks * BLOCK), bits)

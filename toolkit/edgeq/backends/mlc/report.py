@@ -40,7 +40,8 @@ class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What was compiled: by whom, the instruction sets of host code, types, kernels.
 
-    dtype: of activations, scales, keys and values; floats: of matrices where a recipe quantizes none.
+    dtype: of activations; floats: of matrices where a recipe quantizes none; tiles: matrices are stored as processors
+    read them.
     """
 
     compiler: str
@@ -48,6 +49,7 @@ class Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     dtype: str
     floats: str
     kernels: tuple[Kernel, ...]
+    tiles: bool = False
 
 
 def write(report: Report, folder: Path) -> None:
@@ -113,6 +115,8 @@ def plan(found: dict[str, Any]) -> Any:
             for variable, function in module.functions_items()
             if isinstance(function, relax.Function)
         }
+        if _CREATE_CACHE not in found["temporary_bytes"]:  # a processor's cache is tensors that it is given
+            return
         (cache,) = _calls(module[_CREATE_CACHE], _CACHE)
         layers, heads, *sizes = (cache.args[index] for index in (_LAYERS, _KEY_VALUES, *_SIZES))
         values = int(list(layers)[-1]) * int(heads.value) * sum(int(size.value) for size in sizes)

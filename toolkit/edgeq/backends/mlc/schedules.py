@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tvm
@@ -21,6 +21,8 @@ for _name in ("importlib._bootstrap", "importlib._bootstrap_external"):
     inspect.modulesbyfile[f"<frozen {_name}>"] = _name
 
 _FEW = 4  # tokens or sequences that one weight is read for in a low-batch GEMV
+_LANES = 16
+_SERIAL = 1 << 16
 SCHEDULED = "tirx.is_scheduled"
 OWN = "its own"
 FALLBACK = "Fallback"
@@ -110,7 +112,7 @@ def _shapes(function: Any) -> list[list[int | None]]:
 
 
 class _LoopsOnCpu(dlight.ScheduleRule):
-    """Whatever can be inlined is; the outer loops of the rest run in parallel."""
+    """Whatever can be inlined is; the last axis of the rest goes in vectors, the others in parallel."""
 
     def apply(self, func: Any, target: Any, tunable: bool) -> Any:  # noqa: ARG002
         schedule = s_tir.Schedule(func)
@@ -120,10 +122,28 @@ class _LoopsOnCpu(dlight.ScheduleRule):
         for block in try_inline(schedule, blocks):
             kinds = list(zip(schedule.get_loops(block.block_rv), block.dom_kind(), strict=False))
             outer = [loop for loop, kind in kinds if kind == "S"]
-            if outer:
-                schedule.reorder(*outer, *[loop for loop, kind in kinds if kind != "S"])
+            inner = [loop for loop, kind in kinds if kind != "S"]
+            schedule.reorder(*outer, *inner)
+            wakes = _is_worth_waking_threads_for(schedule, outer)
+            if outer and not inner:
+                _vectorize(schedule, outer.pop())
+            if outer and wakes:
                 schedule.parallel(schedule.fuse(*outer))
         return schedule
+
+
+def _vectorize(schedule: Any, loop: Any) -> None:
+    extent = schedule.get(loop).extent
+    lanes = math.gcd(int(extent), _LANES) if isinstance(extent, tirx.IntImm) else 1
+    if lanes > 1:
+        schedule.vectorize(schedule.split(loop, [None, lanes])[1])
+
+
+def _is_worth_waking_threads_for(schedule: Any, loops: Sequence[Any]) -> bool:
+    """Whether there are many elements, or as many as there are tokens."""
+    extents = [schedule.get(loop).extent for loop in loops]
+    known = [int(extent) for extent in extents if isinstance(extent, tirx.IntImm)]
+    return len(known) < len(extents) or math.prod(known) > _SERIAL
 
 
 class _MatrixOnCpu(dlight.ScheduleRule):
@@ -153,10 +173,12 @@ class _MatrixOnCpu(dlight.ScheduleRule):
         if row is None or not isinstance(extent, tirx.IntImm) or int(extent) % width:
             return None
         outer = len(tokens) + 1
+        wakes = _is_worth_waking_threads_for(schedule, [row, *tokens, inner])
         schedule.reorder(row, *tokens, inner)
         partial = schedule.rfactor(schedule.split(inner, [None, width])[1], 0)
         loops = schedule.get_loops(block)
-        schedule.parallel(loops[0])
+        if wakes:
+            schedule.parallel(loops[0])
         schedule.compute_at(partial, loops[outer - 1], preserve_unit_loops=True)
         schedule.set_scope(partial, 0, "local")
         for each in unpacked:
@@ -174,4 +196,6 @@ class _MatrixOnCpu(dlight.ScheduleRule):
             schedule.reverse_compute_at(
                 blocks[1].block_rv, schedule.get_loops(block)[outer - 1], preserve_unit_loops=True
             )
+            if blocks[1].dom_kind().count("S") > sums[0].dom_kind().count("S"):  # a norm's values, for a sum each
+                _vectorize(schedule, schedule.get_loops(blocks[1].block_rv)[-1])
         return schedule

@@ -20,6 +20,7 @@ from edgeq.profiles import Placement
 PAGE = 16
 _STEP = 256  # tokens by which the cache grows
 _HYBRID = "hybrid"
+_PLAIN = "plain"
 
 
 class MlcSession:
@@ -27,8 +28,8 @@ class MlcSession:
 
     module: an executable, or a library that was loaded; device: TVM's. Prompts run in chunks of the sizes that the
     library was compiled for. The cache grows to the longest sequence asked for, in steps of 256 tokens.
-    Tokens are taken back from the cache; states are copied before a step whose tokens may be taken back, and what stays
-    of them runs again in the next.
+    Tokens are taken back from the cache, which is TVM's paged one or, for a processor, tensors. States are copied
+    before a step whose tokens may be taken back, and what stays of them runs again in the next.
     Raises BackendFault when library and weights do not belong together, OutOfMemory when there is no room for the
     cache, UsageFault when tokens exceed the bundle's context.
     """
@@ -48,6 +49,8 @@ class MlcSession:
         self._decode = self._function("decode", "batch_decode")
         self._parameters, size = self._load(folder)
         self._kv: Any = None
+        self._plain = self._metadata.get("kv_state_kind") == _PLAIN
+        self._past = 0
         self._recurrent: Any = None
         self._states: list[Any] = []
         self._capacity = 0
@@ -102,7 +105,9 @@ class MlcSession:
         if count and self._states:
             self._states, self._again = self._before, self._last[:-count]
             count = len(self._last)
-        if count:
+        if self._plain:
+            self._past -= count
+        elif count:
             self._builtin("kv_state_popn")(self._kv, 0, count)
 
     def close(self) -> None:
@@ -147,13 +152,12 @@ class MlcSession:
         if capacity > self._capacity:
             self._kv, self._capacity = None, 0
             tokens = -(-capacity // _STEP) * _STEP
-            create = self._function("create_tir_paged_kv_cache")
-            sizes = (1, tokens, self._chunk, PAGE, 0)
             try:
-                self._kv = create(*(self._runtime.ShapeTuple([size]) for size in sizes))
-            except (RuntimeError, ValueError) as error:
+                self._kv = self._keys_and_values(tokens)
+            except (RuntimeError, ValueError, MemoryError) as error:
                 raise OutOfMemory(f"no room for a cache of {tokens} tokens", why=str(error)[-300:]) from error
             self._capacity = tokens
+        self._past = 0
         self._recurrent = self._function("create_rnn_state")(*self._rnn_sizes()) if self._has_rnn_state() else None
         for state in self._caches():
             self._builtin("kv_state_clear")(state)
@@ -163,6 +167,21 @@ class MlcSession:
             for state in self._metadata.get("states", ())
         ]
 
+    def _keys_and_values(self, tokens: int) -> Any:
+        """A cache for so many tokens: TVM's paged one, or tensors whose axis of blocks has -1 in the metadata."""
+        if self._plain:
+            shapes = [
+                [tokens // PAGE if size == -1 else size for size in each["shape"]] for each in self._metadata["caches"]
+            ]
+            kinds = [each["dtype"] for each in self._metadata["caches"]]
+            return [self._tensor(np.zeros(*each)) for each in zip(shapes, kinds, strict=True)]
+        sizes = (1, tokens, self._chunk, PAGE, 0)
+        create = self._function("create_tir_paged_kv_cache")
+        return create(*(self._runtime.ShapeTuple([size]) for size in sizes))
+
+    def _tensor(self, values: NDArray[Any]) -> Any:
+        return self._runtime.tensor(values, self._device)
+
     def _has_rnn_state(self) -> bool:
         """Whether the states of linear attention are MLC's own object, not tensors."""
         return self._metadata.get("kv_state_kind") == _HYBRID and "states" not in self._metadata
@@ -171,6 +190,8 @@ class MlcSession:
         return self._runtime.ShapeTuple([1]), self._runtime.ShapeTuple([1])
 
     def _caches(self) -> list[Any]:
+        if self._plain:
+            return []
         return [self._kv] if self._recurrent is None else [self._kv, self._recurrent]
 
     def _prefill(self, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -192,7 +213,14 @@ class MlcSession:
         for state in self._caches():
             self._builtin("kv_state_begin_forward")(state, shape([0]), shape([len(ids)]))
         own = [self._states] if self._states else []
+        if self._plain and self._past + len(ids) > self._capacity:
+            raise UsageFault(
+                f"{self._past + len(ids)} tokens do not fit the {self._capacity} that this session began with"
+            )
+        if self._plain:
+            own.insert(0, [self._tensor(np.array([self._past], np.int32)), *self._kv])
         result = function(x, *positions, *self._caches(), *own, self._parameters)
+        self._past += len(ids)
         for state in self._caches():
             self._builtin("kv_state_end_forward")(state)
         if self._states:

@@ -1,7 +1,7 @@
 """A checkpoint's tensors under the names, in the order and in the types of a library's parameters.
 
-Matrices that read the same input are one parameter, their rows side by side. Norms of Qwen3.5 are stored with the one
-that transformers adds, convolutions without their middle axis.
+Matrices that read the same input are one parameter, their rows side by side, and in tiles if it is a processor's. Norms
+of Qwen3.5 are stored with the one that transformers adds, convolutions without their middle axis.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def write(job: Job, parameters: Mapping[str, tuple[tuple[int, ...], str]], out: 
             job.progress("weights", done, len(names))
             for name, values in _tensors(job, stored).items():
                 shape, dtype = parameters[name]
+                if len(shape) > values.ndim:
+                    values = packing.in_tiles(values, shape)
                 if values.shape != shape:
                     raise BackendFault(f"{name} has shape {list(values.shape)}, the library wants {list(shape)}")
                 cache.add(name, values.astype(dtype, copy=False))

@@ -1,0 +1,245 @@
+"""Attention over keys and values in one piece: one sequence, a block of 16 positions at a time.
+
+Keys are [kv heads, blocks, size, 16], a lane to each position, so that scores need no sums across lanes; values are
+[kv heads, blocks, 16, size]. Both are float32 or float16, all arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.relax.frontend.nn import Tensor, op
+from tvm.script import tirx as T
+
+from edgeq.backends.mlc.cpu.lanes import LANES, at, call, exponential, kind, spread, tokens
+
+_QUERIES = 8  # that a block of keys is read for
+_HIDDEN = -1e30
+
+
+class Cache:
+    """Keys and values of each layer, and the tokens before: int32 [1].
+
+    Does what a paged cache does, by the same name; a layer's tensors are overwritten in place.
+    """
+
+    def __init__(self, past: Tensor, tensors: Sequence[Tensor], theta: float, rotated: int) -> None:
+        self._past, self._tensors = past, list(tensors)
+        self._frequencies = Tensor.from_const(
+            1 / np.float32(theta) ** (np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated))
+        )
+        self._angles: Tensor | None = None
+
+    def attention_with_fused_qkv(self, slot: int, qkv: Tensor, heads: int, scale: float) -> Tensor:
+        """Outputs [1, n, heads, size] of queries, keys and values side by side, [1, n, heads + 2 kv heads, size].
+
+        Queries and keys are rotated in their first sizes (Su et al. 2021, arXiv:2104.09864), keys and values stored.
+        """
+        _, n, _, size = qkv.shape
+        keys, values = self._tensors[2 * slot : 2 * slot + 2]
+        kv_heads, half, stored = int(keys.shape[0]), int(self._frequencies.shape[0]), str(keys.dtype)
+        if self._angles is None:
+            out = Tensor.placeholder([n, 2, half], "float32")
+            self._angles = op.tensor_ir_op(_turning(n, half), "angles", [self._past, self._frequencies], out)
+        shape = Tensor.placeholder([1, n, heads, size], "float32")
+        given = [op.astype(qkv, "float32"), self._angles, self._past, keys, values]
+        like = [Tensor.placeholder(each.shape, stored) for each in (keys, values)]
+        store = _storing(n, heads, kv_heads, int(size), half, stored)
+        queries, keys, values = op.tensor_ir_inplace_op(store, "store", given, [-1, 3, 4], [shape, *like])
+        self._tensors[2 * slot : 2 * slot + 2] = [keys, values]
+        attend = _attending(n, heads, kv_heads, int(size), stored, scale)
+        return op.astype(op.tensor_ir_op(attend, "attend", [queries, self._past, keys, values], shape), qkv.dtype)
+
+
+def _turning(n: Any, half: int) -> Any:
+    """Cosines and sines of each token's angles."""
+    count, _ = tokens(n)
+
+    @T.prim_func(s_tir=True, private=True)
+    def angles(var_p: T.handle, var_f: T.handle, var_a: T.handle) -> None:
+        T.func_attr({"op_pattern": 8, "tirx.noalias": True, "tirx.is_scheduled": True})
+        past = T.match_buffer(var_p, (1,), "int32")
+        frequency = T.match_buffer(var_f, (half,), "float32")
+        angle = T.match_buffer(var_a, (count, 2, half), "float32")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for t in T.serial(count):
+                for i in T.serial(half):
+                    angle[t, 0, i] = T.cos(T.Cast("float32", T.Cast("int32", t) + past[0]) * frequency[i])
+                    angle[t, 1, i] = T.sin(T.Cast("float32", T.Cast("int32", t) + past[0]) * frequency[i])
+
+    return angles
+
+
+def _storing(n: Any, heads: int, kv_heads: int, size: int, half: int, dtype: str) -> Any:
+    count, loop = tokens(n)
+    blocks = tirx.Var("blocks", "int64")
+    lanes, rest = math.gcd(half, LANES), math.gcd(size, LANES)
+
+    def turn(head: Any, qkv: Any, angle: Any, t: Any, source: Any, i: Any) -> None:
+        """`lanes` sizes of both halves."""
+        first, second = (qkv[0, t, source, at(part * half + i, lanes)] for part in (0, 1))
+        cosine, sine = (angle[t, part, at(i, lanes)] for part in (0, 1))
+        T.buffer_store(head, first * cosine - second * sine, [at(i, lanes)])
+        T.buffer_store(head, second * cosine + first * sine, [at(half + i, lanes)])
+
+    @T.prim_func(s_tir=True, private=True)
+    def store(
+        var_qkv: T.handle, var_a: T.handle, var_p: T.handle, var_k: T.handle, var_v: T.handle, var_q: T.handle
+    ) -> None:
+        T.func_attr({"op_pattern": 8, "tirx.noalias": True, "tirx.is_scheduled": True})
+        qkv = T.match_buffer(var_qkv, (1, count, heads + 2 * kv_heads, size), "float32")
+        angle = T.match_buffer(var_a, (count, 2, half), "float32")
+        past = T.match_buffer(var_p, (1,), "int32")
+        k = T.match_buffer(var_k, (kv_heads, blocks, size, LANES), dtype)
+        v = T.match_buffer(var_v, (kv_heads, blocks, LANES, size), dtype)
+        q = T.match_buffer(var_q, (1, count, heads, size), "float32")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for source in loop(heads + kv_heads):
+                head = T.alloc_buffer((size,), "float32")
+                place = T.alloc_buffer((1,), "int32")
+                for t in T.serial(count):
+                    place[0] = past[0] + T.Cast("int32", t)
+                    for i in T.serial(half // lanes):
+                        turn(head, qkv, angle, t, source, i * lanes)
+                    for i in T.serial(2 * half, size):
+                        head[i] = qkv[0, t, source, i]
+                    if source < heads:
+                        for i in T.serial(size // rest):
+                            q[0, t, source, at(i * rest, rest)] = head[at(i * rest, rest)]
+                    else:
+                        for i in T.serial(size):
+                            k[source - heads, place[0] // LANES, i, place[0] % LANES] = T.Cast(dtype, head[i])
+                        for i in T.serial(size // rest):
+                            v[source - heads, place[0] // LANES, place[0] % LANES, at(i * rest, rest)] = T.Cast(
+                                kind(dtype, rest), qkv[0, t, source + kv_heads, at(i * rest, rest)]
+                            )
+
+    return store
+
+
+def _attending(n: Any, heads: int, kv_heads: int, size: int, dtype: str, scale: float) -> Any:
+    """A task for each kv head and a few tokens: softmax is carried along blocks (Dao et al. 2022, arXiv:2205.14135)."""
+    count, _ = tokens(n)
+    blocks = tirx.Var("blocks", "int64")
+    each = heads // kv_heads
+    together = 1 if count == 1 else max(1, _QUERIES // each)
+    queries = together * each
+    wide = math.gcd(size, LANES)
+    sums = math.gcd(size // wide, max(1, _QUERIES // queries))  # of a query at once: additions wait for each other
+
+    def load(buffer: Any, index: Sequence[Any], lanes: int) -> Any:
+        return T.Cast(kind("float32", lanes), T.BufferLoad(buffer, [*index[:-1], at(index[-1], lanes)]))
+
+    def token(first: Any, row: int) -> Any:
+        return T.min(first + row // each, count - 1)
+
+    def clear(best: Any, total: Any) -> None:
+        for row in range(queries):
+            T.buffer_store(best, T.float32(_HIDDEN), [row])
+            T.buffer_store(total, spread(T.float32(0)), [at(row * LANES)])
+
+    def score(q: Any, k: Any, dots: Any, head: Any, first: Any, block: Any, i: Any) -> None:
+        for part in range(sums):
+            keys = load(k, (head, block, i + part, 0), LANES)
+            for row in range(queries):
+                place = [at((part * queries + row) * LANES)]
+                value = q[0, token(first, row), head * each + row % each, i + part]
+                T.buffer_store(dots, T.BufferLoad(dots, place) + keys * spread(value), place)
+
+    def weigh(dots: Any, score: Any, best: Any, total: Any, fade: Any, past: Any, first: Any, block: Any) -> None:
+        """Scores to weights beside the largest score so far; `fade` is what earlier ones are worth beside it."""
+        position = T.Ramp(T.Cast("int32", block) * LANES, 1, LANES)
+        every = [at(0, queries)]
+        T.buffer_store(fade, T.BufferLoad(best, every), every)
+        for row in range(queries):
+            place = [at(row * LANES)]
+            seen = position <= spread(past[0] + T.Cast("int32", token(first, row)))
+            dot = sum(
+                (T.BufferLoad(dots, [at((part * queries + row) * LANES)]) for part in range(1, sums)), dots[place[0]]
+            )
+            scaled = dot * spread(T.float32(scale))
+            T.buffer_store(score, T.Select(seen, scaled, spread(T.float32(_HIDDEN))), place)
+            found = call("llvm.vector.reduce.fmax", "float32", T.BufferLoad(score, place))
+            T.buffer_store(best, T.max(best[row], found), [row])
+        worth = exponential(T.BufferLoad(fade, every) - T.BufferLoad(best, every), queries)
+        T.buffer_store(fade, worth, every)
+        for row in range(queries):
+            place = [at(row * LANES)]
+            T.buffer_store(score, exponential(T.BufferLoad(score, place) - spread(best[row])), place)
+            T.buffer_store(total, T.BufferLoad(total, place) * spread(fade[row]) + T.BufferLoad(score, place), place)
+
+    def fold(mixed: Any, out: Any, fade: Any, i: Any) -> None:
+        for part in range(sums):
+            for row in range(queries):
+                value = out[at(row * size + i + part * wide, wide)] * spread(fade[row], wide)
+                T.buffer_store(mixed, value, [at((part * queries + row) * wide, wide)])
+
+    def mix(mixed: Any, scores: Any, v: Any, head: Any, block: Any, place: Any, i: Any) -> None:
+        for part in range(sums):
+            values = load(v, (head, block, place, i + part * wide), wide)
+            for row in range(queries):
+                index = [at((part * queries + row) * wide, wide)]
+                value = T.BufferLoad(mixed, index) + values * spread(scores[row * LANES + place], wide)
+                T.buffer_store(mixed, value, index)
+
+    def back(mixed: Any, out: Any, i: Any) -> None:
+        for part in range(sums):
+            for row in range(queries):
+                value = T.BufferLoad(mixed, [at((part * queries + row) * wide, wide)])
+                T.buffer_store(out, value, [at(row * size + i + part * wide, wide)])
+
+    @T.prim_func(s_tir=True, private=True)
+    def attend(var_q: T.handle, var_p: T.handle, var_k: T.handle, var_v: T.handle, var_y: T.handle) -> None:
+        T.func_attr({"op_pattern": 8, "tirx.noalias": True, "tirx.is_scheduled": True})
+        q = T.match_buffer(var_q, (1, count, heads, size), "float32")
+        past = T.match_buffer(var_p, (1,), "int32")
+        k = T.match_buffer(var_k, (kv_heads, blocks, size, LANES), dtype)
+        v = T.match_buffer(var_v, (kv_heads, blocks, LANES, size), dtype)
+        y = T.match_buffer(var_y, (1, count, heads, size), "float32")
+        with T.sblock("root"):
+            T.reads()
+            T.writes()
+            for task in T.parallel(kv_heads * ((count + (together - 1)) // together)):
+                first = T.alloc_buffer((1,), "int64")
+                end = T.alloc_buffer((1,), "int32")
+                best = T.alloc_buffer((queries,), "float32")
+                fade = T.alloc_buffer((queries,), "float32")
+                total = T.alloc_buffer((queries * LANES,), "float32")
+                dots = T.alloc_buffer((queries * sums * LANES,), "float32")
+                scores = T.alloc_buffer((queries * LANES,), "float32")
+                mixed = T.alloc_buffer((queries * sums * wide,), "float32")
+                out = T.alloc_buffer((queries * size,), "float32")
+                first[0] = T.Cast("int64", task // kv_heads * together)
+                end[0] = past[0] + T.Cast("int32", T.min(first[0] + together, count))
+                clear(best, total)
+                for i in T.serial(queries * size // wide):
+                    out[at(i * wide, wide)] = spread(T.float32(0), wide)
+                for block in T.serial((end[0] + (LANES - 1)) // LANES):
+                    for row in T.unroll(queries * sums):
+                        dots[at(row * LANES)] = spread(T.float32(0))
+                    for i in T.serial(size // sums):
+                        score(q, k, dots, task % kv_heads, first[0], block, i * sums)
+                    weigh(dots, scores, best, total, fade, past, first[0], block)
+                    for i in T.serial(size // (wide * sums)):
+                        fold(mixed, out, fade, i * wide * sums)
+                        for place in T.serial(T.min(LANES, end[0] - block * LANES)):
+                            mix(mixed, scores, v, task % kv_heads, block, place, i * wide * sums)
+                        back(mixed, out, i * wide * sums)
+                for row in T.unroll(queries):
+                    if first[0] + row // each < count:
+                        for i in T.serial(size // wide):
+                            y[0, first[0] + row // each, task % kv_heads * each + row % each, at(i * wide, wide)] = out[
+                                at(row * size + i * wide, wide)
+                            ] / spread(
+                                call("llvm.vector.reduce.fadd", "float32", T.float32(0), total[at(row * LANES)]), wide
+                            )
+
+    return attend
