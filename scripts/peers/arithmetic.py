@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgeq.bundle import Bundle
 
 _BITS = {"FLOAT": 32, "FLOAT16": 16, "BFLOAT16": 16, "UINT8": 8, "INT8": 8, "INT64": 64, "INT32": 32, "UINT4": 4}
 
@@ -22,6 +26,27 @@ def float_onnx(folder: Path) -> Path:
                     attribute.i = 1
         path.write_bytes(model.SerializeToString())
     return copy
+
+
+def float_mlc(folder: Path, made: Bundle) -> tuple[Path, Bundle]:
+    """Copy of a processor's bundle as GPUs have it: weights in rows, multiplied by float32 activations."""
+    import msgspec
+    import numpy as np
+
+    from edgeq.backends.mlc import library, packing, report, tensor_cache
+
+    copy = folder.with_name(f"{folder.name}.float")
+    copy.mkdir(exist_ok=True)
+    shutil.copy(library.find(folder), copy)
+    told = report.read(folder)
+    report.write(msgspec.structs.replace(told, isa=(*told.isa, "none"), tiles=False), copy)
+    with tensor_cache.Writer(copy) as cache:
+        for name, record in tensor_cache.records(folder).items():
+            values = tensor_cache.read(folder, record)
+            if name.endswith((".q_weight", ".q_scale")) and values.ndim > 2:
+                values = packing.in_rows(values)
+            cache.add(name, values.astype(np.float32) if values.dtype == np.float16 else values)
+    return copy, msgspec.structs.replace(made, recipe=made.recipe.removesuffix("-kv16"))
 
 
 def onnx_bytes(graph: Path) -> tuple[int, int]:

@@ -27,8 +27,9 @@ DECODE, PREFILL, SHARE = (Goal("ratio", "at least", limit) for limit in (1.3, 1.
 class Speed(msgspec.Struct, frozen=True, kw_only=True):
     """One side: tokens per second of each round, bytes of weights and of memory, share of the read bandwidth.
 
-    `peak_rss_bytes` is the kernel's own peak, `anonymous_bytes` the highest that was seen between requests. Without
-    rounds, the reason.
+    `bandwidth` is the best that was measured, `bandwidths` has each round's, for other tenants of a shared machine slow
+    reading and decoding alike; an old file has none. `peak_rss_bytes` is the kernel's own peak, `anonymous_bytes` the
+    highest that was seen between requests. Without rounds, the reason.
     """
 
     model: str
@@ -41,13 +42,15 @@ class Speed(msgspec.Struct, frozen=True, kw_only=True):
     peak_rss_bytes: int | None = None
     anonymous_bytes: int | None = None
     bandwidth: float | None = None
+    bandwidths: tuple[float, ...] = ()
     load: tuple[float, ...] = ()
     reason: str = ""
 
     @property
     def share(self) -> float:
         """Share of the read bandwidth that decoding reaches with the weights that a token reads."""
-        return float(np.median(self.decode)) * (self.read_bytes or 0) / (self.bandwidth or np.nan)
+        limits = self.bandwidths or (self.bandwidth or np.nan,) * len(self.decode)
+        return float(np.median(np.divide(self.decode, limits))) * (self.read_bytes or 0)
 
 
 def measure(sides: Sequence[Side], checkpoint: Checkpoint, model: str, folder: Path, rounds: int) -> Iterator[Speed]:
@@ -70,14 +73,14 @@ def measure(sides: Sequence[Side], checkpoint: Checkpoint, model: str, folder: P
             except Unavailable as missing:
                 served.pop(side, None)
                 yield Speed(model=model, side=str(side), words=side.words, reason=str(missing))
-        limit = 0.0
+        limits: list[float] = []
         samples: dict[Side, list[tuple[float, float]]] = {side: [] for side in served}
         load = []
         order = list(served)
         for turn in range(rounds):
             print(f"bench_peers: {model}, round {turn + 1} of {rounds}", file=sys.stderr)
             load.append(os.getloadavg()[0])
-            limit = max(limit, bandwidth.measure(physical_cores()))
+            limits.append(bandwidth.measure(physical_cores()))
             for side in tuple(order):
                 child = served[side]
                 try:
@@ -99,7 +102,8 @@ def measure(sides: Sequence[Side], checkpoint: Checkpoint, model: str, folder: P
                 read_bytes=child.read_bytes,
                 peak_rss_bytes=child.peak.rss_bytes,
                 anonymous_bytes=child.peak.anonymous_bytes,
-                bandwidth=limit,
+                bandwidth=max(limits),
+                bandwidths=tuple(limits),
                 load=tuple(load),
             )
 
@@ -126,7 +130,7 @@ def goals(found: Sequence[Speed]) -> Iterator[Row]:
                     goal=goal,
                     load=ours.load,
                 )
-        limit = ours.bandwidth or np.nan
+        limits = ours.bandwidths or (ours.bandwidth or np.nan,) * len(ours.decode)
         reading = tuple(speed * (ours.read_bytes or 0) for speed in ours.decode)
         note = "the peer is the machine's own read bandwidth"
         yield Row(
@@ -134,7 +138,7 @@ def goals(found: Sequence[Speed]) -> Iterator[Row]:
             what="bytes read by decoding, per second",
             unit="B",
             edgeq=reading,
-            peer=(limit,) * len(reading),
+            peer=limits,
             goal=SHARE,
             load=ours.load,
             note=note,

@@ -43,8 +43,13 @@ class Engine:
         made = bundle.read(place)
         self.weights_bytes, self.read_bytes = _sizes(place, made)
         if how == serving.WEIGHTS_ONLY:
-            exact = arithmetic.float_gguf(place, GGUF, threads) if made.backend == "llamacpp" else None
-            place = exact or arithmetic.float_onnx(place)
+            match made.backend:
+                case "llamacpp":
+                    place = arithmetic.float_gguf(place, GGUF, threads)
+                case "onnx":
+                    place = arithmetic.float_onnx(place)
+                case _:
+                    place, made = arithmetic.float_mlc(place, made)
         self._session: Session = backends.get(made.backend).load(place, made)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
