@@ -26,7 +26,6 @@ from peers.served import Served
 from peers.speed import Speed
 
 PROGRAM = """
-import msgspec
 import numpy as np
 from peers import serving
 class Engine:

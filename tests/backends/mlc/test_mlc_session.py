@@ -30,9 +30,10 @@ Open = Callable[..., Any]
 IDS = [(7 * n + 3) % 251 for n in range(300)]
 STEPS = 6
 EXACT = 1e-4
+HALF = 2e-2
 NEAR, USUALLY = 0.1, 6e-3
-"""Largest difference of a logit, of at most 2.6, in float32; the same where matrices read 8 bits, of which few are
-rounded the other way, or the cache has float16, and the difference of most: 0.04 and 0.0037 were measured."""
+"""Largest difference of a logit, of at most 2.6: in float32; with a float16 cache; where matrices read 8 bits, of which
+few are rounded the other way, with the difference of most: 8.5e-6, 3.0e-4, 0.04 and 0.0037 were measured."""
 
 
 class Variant(NamedTuple):
@@ -45,7 +46,9 @@ class Variant(NamedTuple):
     @property
     def near(self) -> float:
         """Largest difference of a logit from transformers': sums are taken in another order."""
-        return NEAR if self.rounds or self.recipe.endswith("-kv16") else EXACT
+        if self.rounds:
+            return NEAR
+        return HALF if self.recipe.endswith("-kv16") else EXACT
 
     @property
     def rounds(self) -> bool:
@@ -341,7 +344,7 @@ def test_prompt_lookup_gives_the_tokens_of_plain_decoding(opened: Open, variant:
     session = opened(variant)
     tie = variant.near
     same = [led.assert_same_or_tied(session, [*IDS[n : n + 20], *IDS[n : n + 11]], 40, 2 * tie) for n in (0, 50)]
-    assert all(same) or tie == NEAR
+    assert all(same) or tie > EXACT
 
 
 def test_states_without_history_cannot_be_left(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:

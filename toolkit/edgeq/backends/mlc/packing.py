@@ -21,9 +21,8 @@ from edgeq.quantize.solution import Solution
 from edgeq.recipe import run_of
 
 WORD = 32
-BLOCK = 32
-ROWS = 16
-"""Inputs of a block in a tile."""
+BLOCK, ROWS = 32, 16
+"""Inputs of a block, and rows of a tile, as processors read them."""
 
 
 def middle(bits: int) -> int:

@@ -22,7 +22,7 @@ for _name in ("importlib._bootstrap", "importlib._bootstrap_external"):
 
 _FEW = 4  # tokens or sequences that one weight is read for in a low-batch GEMV
 _LANES = 16
-_SERIAL = 1 << 16
+_SERIAL = 1 << 16  # elements that one thread has computed before others are awake
 SCHEDULED = "tirx.is_scheduled"
 OWN = "its own"
 FALLBACK = "Fallback"
