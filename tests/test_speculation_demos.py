@@ -19,7 +19,12 @@ TIE = 0.25
 
 @pytest.mark.parametrize(
     ("backend", "recipe"),
-    [("onnx", "w16"), pytest.param("onnx", "w4g32-e8-rtn-kv8", marks=led.rows_add_alike), ("llamacpp", "f32")],
+    [
+        ("onnx", "w16"),
+        pytest.param("onnx", "w4g32-e8-rtn-kv8", marks=led.rows_add_alike),
+        ("llamacpp", "f32"),
+        ("mlc", "w4g32-e8-rtn-kv16"),
+    ],
 )
 @pytest.mark.parametrize("demo", DEMOS)
 def test_all_tokens_are_the_same(demo: str, backend: str, recipe: str, tmp_path: Path) -> None:

@@ -151,6 +151,17 @@ def test_products_are_those_of_activations_in_8_bits(processor: str, bits: int, 
     assert np.abs(found[0] - wanted).max() <= 2e-6 * np.abs(wanted).max()
 
 
+@pytest.mark.parametrize(("bits", "dtype"), [(4, "float32"), (8, "float16")])
+@pytest.mark.parametrize("tokens", [1, 21])
+def test_sums_of_the_largest_codes_and_activations_fit(processor: str, bits: int, tokens: int, dtype: str) -> None:
+    codes = np.full((OUTPUTS, INPUTS), (1 << bits) - 1, np.uint8)
+    words = packing.in_tiles(packing.words(codes, bits), (OUTPUTS // 16, INPUTS // 32, bits, 16))
+    scales = np.ones((OUTPUTS // 16, INPUTS // GROUP, 16), dtype)
+    x = np.full((1, tokens, INPUTS), -1, np.float32)
+    found = product(processor, bits, 1 if tokens == 1 else "n", dtype)(x, words, scales)
+    np.testing.assert_allclose(found, -INPUTS * ((1 << bits) - 1 - packing.middle(bits)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_what_is_not_finite_stays_so(value: float, tokens: int) -> None:

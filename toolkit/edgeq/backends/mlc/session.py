@@ -31,7 +31,7 @@ class MlcSession:
     Tokens are taken back from the cache, which is TVM's paged one or, for a processor, tensors. States are copied
     before a step whose tokens may be taken back, and what stays of them runs again in the next.
     Raises BackendFault when library and weights do not belong together, OutOfMemory when there is no room for the
-    cache, UsageFault when tokens exceed the bundle's context.
+    cache, UsageFault when tokens exceed the bundle's context or are not in its vocabulary.
     """
 
     def __init__(self, module: Any, device: Any, folder: Path, bundle: Bundle) -> None:
@@ -206,6 +206,8 @@ class MlcSession:
 
     def _run(self, function: Any, ids: Sequence[int], *positions: Any) -> NDArray[np.float32]:
         """Run some tokens after those already seen; logits [positions, vocabulary]."""
+        if outside := [token for token in ids if not 0 <= token < self._model.vocab]:
+            raise UsageFault(f"token {outside[0]} is not in the vocabulary of {self._model.vocab}")
         shape = self._runtime.ShapeTuple
         tokens = self._runtime.tensor(np.array(ids, np.int32), self._device)
         x = self._functions["embed"](tokens, self._parameters)

@@ -6,18 +6,22 @@ Keys are [kv heads, blocks, size, 16], a lane to each position, so that scores n
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import tvm
 from tvm import tirx
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.script import tirx as T
 
-from edgeq.backends.mlc.cpu.lanes import LANES, at, call, exponential, kind, spread, tokens
+from edgeq.backends.mlc.cpu.lanes import LANES, at, call, dot, exponential, kind, spread, tokens
 
-_QUERIES = 8  # that a block of keys is read for
+_BLOCKS = 4  # in a span, beside whose scores weights are taken
+_SPAN = _BLOCKS * LANES
+_STREAMS = 8
 _HIDDEN = -1e30
 
 
@@ -126,14 +130,21 @@ def _storing(n: Any, heads: int, kv_heads: int, size: int, half: int, dtype: str
 
 
 def _attending(n: Any, heads: int, kv_heads: int, size: int, dtype: str, scale: float) -> Any:
-    """A task for each kv head and a few tokens: softmax is carried along blocks (Dao et al. 2022, arXiv:2205.14135)."""
+    """A task for each kv head and a few tokens: softmax is carried along spans (Dao et al. 2022, arXiv:2205.14135).
+
+    A number is summed in the same order however many tokens there are, so that what was drafted is checked bit by bit;
+    several sums run side by side, since additions wait for each other.
+    """
     count, _ = tokens(n)
     blocks = tirx.Var("blocks", "int64")
     each = heads // kv_heads
-    together = 1 if count == 1 else max(1, _QUERIES // each)
+    # Sums of 16 lanes: as many as leave registers, or for one token, which waits for memory, as many as read it well.
+    room = _STREAMS if count == 1 else dot(tvm.target.Target.current(allow_none=False)).tokens
+    together = 1 if count == 1 else max(1, room // each)
     queries = together * each
+    near = math.gcd(_BLOCKS, max(1, room // queries))  # blocks of keys
     wide = math.gcd(size, LANES)
-    sums = math.gcd(size // wide, max(1, _QUERIES // queries))  # of a query at once: additions wait for each other
+    sums = math.gcd(size // wide, max(1, room // queries))  # parts of values
 
     def load(buffer: Any, index: Sequence[Any], lanes: int) -> Any:
         return T.Cast(kind("float32", lanes), T.BufferLoad(buffer, [*index[:-1], at(index[-1], lanes)]))
@@ -146,35 +157,40 @@ def _attending(n: Any, heads: int, kv_heads: int, size: int, dtype: str, scale: 
             T.buffer_store(best, T.float32(_HIDDEN), [row])
             T.buffer_store(total, spread(T.float32(0)), [at(row * LANES)])
 
-    def score(q: Any, k: Any, dots: Any, head: Any, first: Any, block: Any, i: Any) -> None:
-        for part in range(sums):
-            keys = load(k, (head, block, i + part, 0), LANES)
+    def multiply(q: Any, k: Any, dots: Any, head: Any, first: Any, block: Any, last: Any, i: Any) -> None:
+        for part in range(near):
+            keys = load(k, (head, T.min(block + part, last), i, 0), LANES)
             for row in range(queries):
                 place = [at((part * queries + row) * LANES)]
-                value = q[0, token(first, row), head * each + row % each, i + part]
+                value = q[0, token(first, row), head * each + row % each, i]
                 T.buffer_store(dots, T.BufferLoad(dots, place) + keys * spread(value), place)
 
-    def weigh(dots: Any, score: Any, best: Any, total: Any, fade: Any, past: Any, first: Any, block: Any) -> None:
-        """Scores to weights beside the largest score so far; `fade` is what earlier ones are worth beside it."""
-        position = T.Ramp(T.Cast("int32", block) * LANES, 1, LANES)
+    def score(dots: Any, scores: Any, past: Any, first: Any, block: Any) -> None:
+        for part in range(near):
+            position = T.Ramp(T.Cast("int32", (block + part) * LANES), 1, LANES)
+            for row in range(queries):
+                seen = position <= spread(past[0] + T.Cast("int32", token(first, row)))
+                scaled = T.BufferLoad(dots, [at((part * queries + row) * LANES)]) * spread(T.float32(scale))
+                value = T.Select(seen, scaled, spread(T.float32(_HIDDEN)))
+                T.buffer_store(scores, value, [at(row * _SPAN + (block + part) % _BLOCKS * LANES)])
+
+    def weigh(scores: Any, best: Any, total: Any, fade: Any) -> None:
+        """Scores to weights beside the largest so far; `fade` is what earlier ones are worth beside it."""
         every = [at(0, queries)]
         T.buffer_store(fade, T.BufferLoad(best, every), every)
+        places = [[[at(row * _SPAN + block * LANES)] for block in range(_BLOCKS)] for row in range(queries)]
         for row in range(queries):
-            place = [at(row * LANES)]
-            seen = position <= spread(past[0] + T.Cast("int32", token(first, row)))
-            dot = sum(
-                (T.BufferLoad(dots, [at((part * queries + row) * LANES)]) for part in range(1, sums)), dots[place[0]]
-            )
-            scaled = dot * spread(T.float32(scale))
-            T.buffer_store(score, T.Select(seen, scaled, spread(T.float32(_HIDDEN))), place)
-            found = call("llvm.vector.reduce.fmax", "float32", T.BufferLoad(score, place))
+            highest = functools.reduce(T.max, (T.BufferLoad(scores, place) for place in places[row]))
+            found = call("llvm.vector.reduce.fmax", "float32", highest)
             T.buffer_store(best, T.max(best[row], found), [row])
         worth = exponential(T.BufferLoad(fade, every) - T.BufferLoad(best, every), queries)
         T.buffer_store(fade, worth, every)
         for row in range(queries):
-            place = [at(row * LANES)]
-            T.buffer_store(score, exponential(T.BufferLoad(score, place) - spread(best[row])), place)
-            T.buffer_store(total, T.BufferLoad(total, place) * spread(fade[row]) + T.BufferLoad(score, place), place)
+            sum_of = [at(row * LANES)]
+            T.buffer_store(total, T.BufferLoad(total, sum_of) * spread(fade[row]), sum_of)
+            for place in places[row]:
+                T.buffer_store(scores, exponential(T.BufferLoad(scores, place) - spread(best[row])), place)
+                T.buffer_store(total, T.BufferLoad(total, sum_of) + T.BufferLoad(scores, place), sum_of)
 
     def fold(mixed: Any, out: Any, fade: Any, i: Any) -> None:
         for part in range(sums):
@@ -184,10 +200,10 @@ def _attending(n: Any, heads: int, kv_heads: int, size: int, dtype: str, scale: 
 
     def mix(mixed: Any, scores: Any, v: Any, head: Any, block: Any, place: Any, i: Any) -> None:
         for part in range(sums):
-            values = load(v, (head, block, place, i + part * wide), wide)
+            values = load(v, (head, block + place // LANES, place % LANES, i + part * wide), wide)
             for row in range(queries):
                 index = [at((part * queries + row) * wide, wide)]
-                value = T.BufferLoad(mixed, index) + values * spread(scores[row * LANES + place], wide)
+                value = T.BufferLoad(mixed, index) + values * spread(scores[row * _SPAN + place], wide)
                 T.buffer_store(mixed, value, index)
 
     def back(mixed: Any, out: Any, i: Any) -> None:
@@ -209,29 +225,32 @@ def _attending(n: Any, heads: int, kv_heads: int, size: int, dtype: str, scale: 
             T.writes()
             for task in T.parallel(kv_heads * ((count + (together - 1)) // together)):
                 first = T.alloc_buffer((1,), "int64")
-                end = T.alloc_buffer((1,), "int32")
+                end = T.alloc_buffer((1,), "int64")
                 best = T.alloc_buffer((queries,), "float32")
                 fade = T.alloc_buffer((queries,), "float32")
                 total = T.alloc_buffer((queries * LANES,), "float32")
-                dots = T.alloc_buffer((queries * sums * LANES,), "float32")
-                scores = T.alloc_buffer((queries * LANES,), "float32")
+                dots = T.alloc_buffer((queries * near * LANES,), "float32")
+                scores = T.alloc_buffer((queries * _SPAN,), "float32")
                 mixed = T.alloc_buffer((queries * sums * wide,), "float32")
                 out = T.alloc_buffer((queries * size,), "float32")
                 first[0] = T.Cast("int64", task // kv_heads * together)
-                end[0] = past[0] + T.Cast("int32", T.min(first[0] + together, count))
+                end[0] = T.Cast("int64", past[0]) + T.min(first[0] + together, count)
                 clear(best, total)
                 for i in T.serial(queries * size // wide):
                     out[at(i * wide, wide)] = spread(T.float32(0), wide)
-                for block in T.serial((end[0] + (LANES - 1)) // LANES):
-                    for row in T.unroll(queries * sums):
-                        dots[at(row * LANES)] = spread(T.float32(0))
-                    for i in T.serial(size // sums):
-                        score(q, k, dots, task % kv_heads, first[0], block, i * sums)
-                    weigh(dots, scores, best, total, fade, past, first[0], block)
+                for span in T.serial((end[0] + (_SPAN - 1)) // _SPAN):
+                    for some in T.serial(_BLOCKS // near):
+                        block = span * _BLOCKS + some * near
+                        for row in T.unroll(queries * near):
+                            dots[at(row * LANES)] = spread(T.float32(0))
+                        for i in T.serial(size):
+                            multiply(q, k, dots, task % kv_heads, first[0], block, (end[0] - 1) // LANES, i)
+                        score(dots, scores, past, first[0], block)
+                    weigh(scores, best, total, fade)
                     for i in T.serial(size // (wide * sums)):
                         fold(mixed, out, fade, i * wide * sums)
-                        for place in T.serial(T.min(LANES, end[0] - block * LANES)):
-                            mix(mixed, scores, v, task % kv_heads, block, place, i * wide * sums)
+                        for place in T.serial(T.min(_SPAN, end[0] - span * _SPAN)):
+                            mix(mixed, scores, v, task % kv_heads, span * _BLOCKS, place, i * wide * sums)
                         back(mixed, out, i * wide * sums)
                 for row in T.unroll(queries):
                     if first[0] + row // each < count:

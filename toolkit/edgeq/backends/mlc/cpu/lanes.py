@@ -5,7 +5,8 @@ A tile has 16 rows, one to a lane; a processor with shorter vectors takes it in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,20 +18,22 @@ from tvm.target import codegen
 from tvm.tirx import Ramp
 
 LANES = 16
+Pairs = Sequence[tuple[Any, Any]]
 
 
 @dataclass(frozen=True)
 class Dot:
-    """acc + sums of four products each: int32 lanes, words of four unsigned codes, one word of four signed activations.
+    """Integer sums of products of codes and activations.
 
-    lanes: of a vector; tokens: of a prompt that an unpacked tile serves, as many as leave registers for the tile;
-    features: what LLVM calls what it needs; bits: the widest codes that it takes at once.
+    lanes: of a vector; tokens: of a prompt that are worked on at once, as many as leave registers; features: what LLVM
+    calls what it needs; add: int32 lanes plus four products for each of 8 pairs, a vector of words of four unsigned
+    codes and a word of four signed activations; bits: the widest codes that it takes at once.
     """
 
     lanes: int
     tokens: int
     features: tuple[str, ...]
-    add: Callable[[Any, Any, Any], Any]
+    add: Callable[[Any, Pairs], Any]
     bits: int = 8
 
 
@@ -63,6 +66,13 @@ def tokens(n: Any) -> tuple[Any, Any]:
 def call(name: str, dtype: str, *arguments: Any) -> Any:
     """Call of one of LLVM's own functions, without side effects."""
     return T.call_llvm_pure_intrin(dtype, T.uint32(codegen.llvm_lookup_intrinsic_id(name)), *arguments)
+
+
+def prefetch(buffer: Any, *index: Any) -> None:
+    """Have a line of a cache fetched for later; it may lie beyond the buffer."""
+    name = T.uint32(codegen.llvm_lookup_intrinsic_id("llvm.prefetch.p0"))
+    to_read, near, data = T.int32(0), T.int32(3), T.int32(1)
+    T.evaluate(T.call_llvm_intrin("void", name, T.address_of(buffer[index]), to_read, near, data))
 
 
 def exponential(x: Any, lanes: int = LANES) -> Any:
@@ -102,6 +112,10 @@ def _bytes(word: Any, lanes: int) -> Any:
     return T.reinterpret(f"int8x{4 * lanes}", word)
 
 
+def _one_by_one(add: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Pairs], Any]:
+    return lambda acc, pairs: functools.reduce(lambda sums, pair: add(sums, *pair), pairs, acc)
+
+
 def _vnni(lanes: int) -> Callable[[Any, Any, Any], Any]:
     name = f"llvm.x86.avx512.vpdpbusd.{32 * lanes}"
 
@@ -111,10 +125,13 @@ def _vnni(lanes: int) -> Callable[[Any, Any, Any], Any]:
     return add
 
 
-def _avx2(acc: Any, codes: Any, x: Any) -> Any:
-    """Pairs in 16 bits, which hold 2 * 15 * 127."""
-    pairs = call("llvm.x86.avx2.pmadd.ub.sw", "int16x16", _bytes(codes, 8), _bytes(spread(x, 8), 8))
-    return acc + call("llvm.x86.avx2.pmadd.wd", "int32x8", pairs, spread(T.int16(1), 16))
+def _avx2(acc: Any, pairs: Pairs) -> Any:
+    """Sums in 16 bits first, which hold 8 times 2 * 15 * 127."""
+    products = [
+        call("llvm.x86.avx2.pmadd.ub.sw", "int16x16", _bytes(codes, 8), _bytes(spread(x, 8), 8)) for codes, x in pairs
+    ]
+    sums = functools.reduce(lambda one, other: one + other, products)
+    return acc + call("llvm.x86.avx2.pmadd.wd", "int32x8", sums, spread(T.int16(1), 16))
 
 
 def _dotprod(acc: Any, codes: Any, x: Any) -> Any:
@@ -131,9 +148,9 @@ def _plain(acc: Any, codes: Any, x: Any) -> Any:
 
 
 DOTS = (
-    Dot(16, 8, ("avx512vnni",), _vnni(16)),
-    Dot(8, 4, ("avxvnni",), _vnni(8)),
+    Dot(16, 8, ("avx512vnni",), _one_by_one(_vnni(16))),
+    Dot(8, 4, ("avxvnni",), _one_by_one(_vnni(8))),
     Dot(8, 4, ("avx2",), _avx2, bits=4),
-    Dot(4, 4, ("dotprod",), _dotprod, bits=4),
-    Dot(4, 4, (), _plain),
+    Dot(4, 4, ("dotprod",), _one_by_one(_dotprod), bits=4),
+    Dot(4, 4, (), _one_by_one(_plain)),
 )

@@ -12,13 +12,14 @@ from tvm import tirx
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.script import tirx as T
 
-from edgeq.backends.mlc.cpu.lanes import LANES, Dot, at, call, dot, spread, tokens
+from edgeq.backends.mlc.cpu.lanes import LANES, Dot, Pairs, at, call, dot, prefetch, spread, tokens
 from edgeq.backends.mlc.packing import BLOCK, middle
 
 _BYTE = 8
 _ALL_BYTES = 0x01010101
 _SMALLEST = 1e-37  # scale with a finite inverse
 _WORDS = BLOCK // 4  # of activations in a block
+_AHEAD = 32  # lines of a cache: 2 KB, beyond what processors fetch by themselves across pages
 
 
 def matmul(x: Tensor, words: Tensor, scales: Tensor, bits: int) -> Tensor:
@@ -101,27 +102,35 @@ def _rint(x: Any) -> Any:
 
 
 def _product(how: Dot, n: Any, inputs: int, outputs: int, bits: int, groups: int, dtype: str) -> Any:
-    """Tiles in parallel, each unpacked once for `how.tokens` tokens."""
+    """Rows in parallel, unpacked once for `how.tokens` tokens: a vector of them, or for one token a tile."""
     count, _ = tokens(n)
     together = 1 if count == 1 else how.tokens
     blocks, lanes = inputs // BLOCK, how.lanes
     each = blocks // groups
-    parts = range(0, LANES, lanes)
+    many = LANES if count == 1 else lanes
+    parts = range(0, many, lanes)
 
-    def unpack(codes: Any, w: Any, tile: Any, block: Any) -> None:
+    def fetch(w: Any, row: Any, block: Any) -> None:
+        """What is read next, where weights are read once and memory is what is waited for."""
+        for word in range(bits if together == 1 else 0):
+            prefetch(w, row // LANES, block + _AHEAD // bits, word, 0)
+
+    def unpack(codes: Any, w: Any, row: Any, block: Any) -> None:
         """Codes of a block, a vector for each word of activations."""
         for word in range(_WORDS):
-            packed = w[tile, block, word % bits, at(0)]
-            mask = spread(T.uint32(((1 << bits) - 1) * _ALL_BYTES))
-            only = packed if bits == _BYTE else packed >> spread(T.uint32(word // bits * bits)) & mask
-            T.buffer_store(codes, only, [at(word * LANES)])
+            packed = w[row // LANES, block, word % bits, at(row % LANES, many)]
+            mask = spread(T.uint32(((1 << bits) - 1) * _ALL_BYTES), many)
+            only = packed if bits == _BYTE else packed >> spread(T.uint32(word // bits * bits), many) & mask
+            T.buffer_store(codes, only, [at(word * many, many)])
 
-    def add(acc: Any, codes: Any, q: Any, s: Any, b: Any, c: Any, place: Any, t: Any, tile: Any, block: Any) -> None:
+    def add(acc: Any, codes: Any, q: Any, s: Any, b: Any, c: Any, place: Any, t: Any, row: Any, block: Any) -> None:
         """Add a block's products to one token's sums, at `place`."""
         for part in parts:
-            sums = _sums(how, bits, codes, part, b[t, block], lambda word: q[t, block * _WORDS + word])
-            scale = T.Cast(f"float32x{lanes}", c[tile, block // each, at(part, lanes)]) * spread(s[t, block], lanes)
-            index = [at(place * LANES + part, lanes)]
+            pairs = [(codes[at(word * many + part, lanes)], q[t, block * _WORDS + word]) for word in range(_WORDS)]
+            sums = _sums(how, bits, b[t, block], pairs)
+            scales = c[row // LANES, block // each, at(row % LANES + part, lanes)]
+            scale = T.Cast(f"float32x{lanes}", scales) * spread(s[t, block], lanes)
+            index = [at(place * many + part, lanes)]
             T.buffer_store(acc, T.BufferLoad(acc, index) + T.Cast(f"float32x{lanes}", sums) * scale, index)
 
     @T.prim_func(s_tir=True, private=True)
@@ -138,36 +147,33 @@ def _product(how: Dot, n: Any, inputs: int, outputs: int, bits: int, groups: int
         with T.sblock("root"):
             T.reads()
             T.writes()
-            for tile in T.parallel(outputs // LANES):
-                codes = T.alloc_buffer((_WORDS * LANES,), "uint32")
-                acc = T.alloc_buffer((together * LANES,), "float32")
+            for piece in T.parallel(outputs // many):
+                codes = T.alloc_buffer((_WORDS * many,), "uint32")
+                acc = T.alloc_buffer((together * many,), "float32")
                 for first in T.serial((count + (together - 1)) // together):
                     for t in T.unroll(together):
-                        acc[at(t * LANES)] = spread(T.float32(0))
+                        acc[at(t * many, many)] = spread(T.float32(0), many)
                     for block in T.serial(blocks):
-                        unpack(codes, w, tile, block)
+                        fetch(w, piece * many, block)
+                        unpack(codes, w, piece * many, block)
                         for t in T.unroll(together):
-                            add(acc, codes, q, s, b, c, t, T.min(first * together + t, count - 1), tile, block)
+                            add(acc, codes, q, s, b, c, t, T.min(first * together + t, count - 1), piece * many, block)
                     for t in T.unroll(together):
                         if first * together + t < count:
-                            y[0, first * together + t, at(tile * LANES)] = acc[at(t * LANES)]
+                            y[0, first * together + t, at(piece * many, many)] = acc[at(t * many, many)]
 
     return product
 
 
-def _sums(how: Dot, bits: int, codes: Any, part: int, start: Any, x: Any) -> Any:
+def _sums(how: Dot, bits: int, start: Any, pairs: Pairs) -> Any:
     """Products of a block, summed in integers; codes that are too wide for the processor in two halves."""
-    lanes = how.lanes
-    low, high = spread(start, lanes), spread(T.int32(0), lanes)
-    for word in range(_WORDS):
-        code = codes[at(word * LANES + part, lanes)]
-        if bits <= how.bits:
-            low = how.add(low, code, x(word))
-        else:
-            nibble = spread(T.uint32(0x0F * _ALL_BYTES), lanes)
-            low = how.add(low, code & nibble, x(word))
-            high = how.add(high, code >> spread(T.uint32(4), lanes) & nibble, x(word))
-    return low if bits <= how.bits else low + (high << spread(T.int32(4), lanes))
+    start = spread(start, how.lanes)
+    if bits <= how.bits:
+        return how.add(start, pairs)
+    nibble, half = spread(T.uint32(0x0F * _ALL_BYTES), how.lanes), spread(T.uint32(4), how.lanes)
+    low = how.add(start, [(code & nibble, x) for code, x in pairs])
+    high = how.add(spread(T.int32(0), how.lanes), [(code >> half & nibble, x) for code, x in pairs])
+    return low + (high << spread(T.int32(4), how.lanes))
 
 
 def _rows(words: Tensor, scales: Tensor, bits: int) -> Any:
