@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from tvm import tirx
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.script import tirx as T
 
-from edgeq.backends.mlc.cpu.lanes import LANES, at, call, dot, exponential, kind, spread, tokens
+from edgeq.backends.mlc.cpu.lanes import LANES, at, call, dot, exponential, is_one, kind, spread, tokens
 
 _BLOCKS = 4  # in a span, beside whose scores weights are taken
 _SPAN = _BLOCKS * LANES
@@ -48,20 +49,24 @@ class Cache:
         kv_heads, half, stored = int(keys.shape[0]), int(self._frequencies.shape[0]), str(keys.dtype)
         if self._angles is None:
             out = Tensor.placeholder([n, 2, half], "float32")
-            self._angles = op.tensor_ir_op(_turning(n, half), "angles", [self._past, self._frequencies], out)
+            self._angles = op.tensor_ir_op(
+                _turning(half, one=is_one(n)), "angles", [self._past, self._frequencies], out
+            )
         shape = Tensor.placeholder([1, n, heads, size], "float32")
         given = [op.astype(qkv, "float32"), self._angles, self._past, keys, values]
         like = [Tensor.placeholder(each.shape, stored) for each in (keys, values)]
-        store = _storing(n, heads, kv_heads, int(size), half, stored)
+        store = _storing(heads, kv_heads, int(size), half, stored, one=is_one(n))
         queries, keys, values = op.tensor_ir_inplace_op(store, "store", given, [-1, 3, 4], [shape, *like])
         self._tensors[2 * slot : 2 * slot + 2] = [keys, values]
-        attend = _attending(n, heads, kv_heads, int(size), stored, scale)
+        together = dot(tvm.target.Target.current(allow_none=False)).tokens
+        attend = _attending(together, heads, kv_heads, int(size), stored, scale, one=is_one(n))
         return op.astype(op.tensor_ir_op(attend, "attend", [queries, self._past, keys, values], shape), qkv.dtype)
 
 
-def _turning(n: Any, half: int) -> Any:
+@cache
+def _turning(half: int, *, one: bool) -> Any:
     """Cosines and sines of each token's angles."""
-    count, _ = tokens(n)
+    count, _ = tokens(one=one)
 
     @T.prim_func(s_tir=True, private=True)
     def angles(var_p: T.handle, var_f: T.handle, var_a: T.handle) -> None:
@@ -80,8 +85,9 @@ def _turning(n: Any, half: int) -> Any:
     return angles
 
 
-def _storing(n: Any, heads: int, kv_heads: int, size: int, half: int, dtype: str) -> Any:
-    count, loop = tokens(n)
+@cache
+def _storing(heads: int, kv_heads: int, size: int, half: int, dtype: str, *, one: bool) -> Any:
+    count, loop = tokens(one=one)
     blocks = tirx.Var("blocks", "int64")
     lanes, rest = math.gcd(half, LANES), math.gcd(size, LANES)
 
@@ -129,18 +135,19 @@ def _storing(n: Any, heads: int, kv_heads: int, size: int, half: int, dtype: str
     return store
 
 
-def _attending(n: Any, heads: int, kv_heads: int, size: int, dtype: str, scale: float) -> Any:
+@cache
+def _attending(room: int, heads: int, kv_heads: int, size: int, dtype: str, scale: float, *, one: bool) -> Any:
     """A task for each kv head and a few tokens: softmax is carried along spans (Dao et al. 2022, arXiv:2205.14135).
 
     A number is summed in the same order however many tokens there are, so that what was drafted is checked bit by bit;
-    several sums run side by side, since additions wait for each other.
+    several sums run side by side, since additions wait for each other: `room` of 16 lanes, or for one token, which
+    waits for memory, as many as read it well.
     """
-    count, _ = tokens(n)
+    count, _ = tokens(one=one)
     blocks = tirx.Var("blocks", "int64")
     each = heads // kv_heads
-    # Sums of 16 lanes: as many as leave registers, or for one token, which waits for memory, as many as read it well.
-    room = _STREAMS if count == 1 else dot(tvm.target.Target.current(allow_none=False)).tokens
-    together = 1 if count == 1 else max(1, room // each)
+    room = _STREAMS if one else room
+    together = 1 if one else max(1, room // each)
     queries = together * each
     near = math.gcd(_BLOCKS, max(1, room // queries))  # blocks of keys
     wide = math.gcd(size, LANES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 from tvm import tirx
@@ -13,6 +14,7 @@ from edgeq.backends.mlc.cpu.lanes import LANES, at, spread
 _VECTORS = 4
 
 
+@cache
 def kernel(key_heads: int, value_heads: int, key_size: int, value_size: int) -> Any:
     """What `mlc.delta.kernel` does: a task for each value head and up to 64 columns of its state."""
     each = value_heads // key_heads

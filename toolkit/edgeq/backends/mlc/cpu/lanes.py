@@ -58,9 +58,14 @@ def kind(dtype: str, lanes: int = LANES) -> str:
     return dtype if lanes == 1 else f"{dtype}x{lanes}"
 
 
-def tokens(n: Any) -> tuple[Any, Any]:
+def is_one(n: Any) -> bool:
+    """Whether an axis of tokens has the size 1, not any."""
+    return isinstance(n, tirx.IntImm | int)
+
+
+def tokens(*, one: bool) -> tuple[Any, Any]:
     """Size of the axis of tokens in a kernel, and the loop over them: threads are not worth waking for one."""
-    return (1, T.serial) if isinstance(n, tirx.IntImm | int) else (tirx.Var("count", "int64"), T.parallel)
+    return (1, T.serial) if one else (tirx.Var("count", "int64"), T.parallel)
 
 
 def call(name: str, dtype: str, *arguments: Any) -> Any:

@@ -5,6 +5,7 @@ Products are summed in integers over 32 inputs, then scaled: sum of scale * x sc
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import tvm
@@ -12,7 +13,7 @@ from tvm import tirx
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.script import tirx as T
 
-from edgeq.backends.mlc.cpu.lanes import LANES, Dot, Pairs, at, call, dot, prefetch, spread, tokens
+from edgeq.backends.mlc.cpu.lanes import LANES, Dot, Pairs, at, call, dot, is_one, prefetch, spread, tokens
 from edgeq.backends.mlc.packing import BLOCK, middle
 
 _BYTE = 8
@@ -30,7 +31,7 @@ def matmul(x: Tensor, words: Tensor, scales: Tensor, bits: int) -> Tensor:
     _, n, inputs = x.shape
     outputs = int(words.shape[0]) * LANES
     rounded = op.tensor_ir_op(
-        _rounding(n, int(inputs), middle(bits)),
+        _rounding(int(inputs), middle(bits), one=is_one(n)),
         "rounded",
         [x],
         [
@@ -41,7 +42,7 @@ def matmul(x: Tensor, words: Tensor, scales: Tensor, bits: int) -> Tensor:
     )
     how = dot(tvm.target.Target.current(allow_none=False))
     groups, kind = int(scales.shape[1]), str(scales.dtype)
-    product = _product(how, n, int(inputs), outputs, bits, groups, kind)
+    product = _product(how, int(inputs), outputs, bits, groups, kind, one=is_one(n))
     out = Tensor.placeholder([1, n, outputs], "float32")
     return op.tensor_ir_op(product, f"matmul_{bits}_bits", [*rounded, words, scales], out)
 
@@ -50,12 +51,15 @@ def take(words: Tensor, scales: Tensor, ids: Tensor, bits: int) -> Tensor:
     """Rows `ids` int32 [n] of a matrix in tiles, float32 [n, inputs]."""
     inputs = int(words.shape[1]) * BLOCK
     out = Tensor.placeholder([ids.shape[0], inputs], "float32")
-    return op.tensor_ir_op(_rows(words, scales, bits), f"take_{bits}_bits", [words, scales, ids], out)
+    tiles, blocks, groups = int(words.shape[0]), int(words.shape[1]), int(scales.shape[1])
+    rows = _rows(tiles, blocks, bits, groups, str(scales.dtype))
+    return op.tensor_ir_op(rows, f"take_{bits}_bits", [words, scales, ids], out)
 
 
-def _rounding(n: Any, inputs: int, zero: int) -> Any:
+@cache
+def _rounding(inputs: int, zero: int, *, one: bool) -> Any:
     """x to words of four int8, scales, and for each group the integer that its products begin with: -zero * sum."""
-    count, loop = tokens(n)
+    count, loop = tokens(one=one)
 
     @T.prim_func(s_tir=True, private=True)
     def rounded(var_x: T.handle, var_q: T.handle, var_s: T.handle, var_b: T.handle) -> None:
@@ -101,18 +105,19 @@ def _rint(x: Any) -> Any:
     return T.Cast(f"int32x{LANES}", call("llvm.nearbyint", f"float32x{LANES}", x))
 
 
-def _product(how: Dot, n: Any, inputs: int, outputs: int, bits: int, groups: int, dtype: str) -> Any:
+@cache
+def _product(how: Dot, inputs: int, outputs: int, bits: int, groups: int, dtype: str, *, one: bool) -> Any:
     """Rows in parallel, unpacked once for `how.tokens` tokens: a vector of them, or for one token a tile."""
-    count, _ = tokens(n)
-    together = 1 if count == 1 else how.tokens
+    count, _ = tokens(one=one)
+    together = 1 if one else how.tokens
     blocks, lanes = inputs // BLOCK, how.lanes
     each = blocks // groups
-    many = LANES if count == 1 else lanes
+    many = LANES if one else lanes
     parts = range(0, many, lanes)
 
     def fetch(w: Any, row: Any, block: Any) -> None:
         """What is read next, where weights are read once and memory is what is waited for."""
-        for word in range(bits if together == 1 else 0):
+        for word in range(bits if one else 0):
             prefetch(w, row // LANES, block + _AHEAD // bits, word, 0)
 
     def unpack(codes: Any, w: Any, row: Any, block: Any) -> None:
@@ -176,9 +181,8 @@ def _sums(how: Dot, bits: int, start: Any, pairs: Pairs) -> Any:
     return low + (high << spread(T.int32(4), how.lanes))
 
 
-def _rows(words: Tensor, scales: Tensor, bits: int) -> Any:
-    tiles, blocks = int(words.shape[0]), int(words.shape[1])
-    groups, dtype = int(scales.shape[1]), str(scales.dtype)
+@cache
+def _rows(tiles: int, blocks: int, bits: int, groups: int, dtype: str) -> Any:
     count = tirx.Var("count", "int64")
 
     def value(w: Any, c: Any, row: Any, i: Any) -> Any:
