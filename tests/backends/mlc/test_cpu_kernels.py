@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -31,6 +32,7 @@ PROCESSORS: dict[str, tuple[dict[str, Any], set[str], int]] = {
 """LLVM's words for a processor, what this machine needs to run its code, and which dot product is tried there."""
 QUICK = ("avx512-vnni", "avx2")
 INPUTS, OUTPUTS, GROUP = 384, 48, 64
+THETA = 1e4
 
 
 @pytest.fixture(
@@ -200,13 +202,13 @@ def test_the_exponential_is_within_two_units_in_the_last_place(dtype: str, error
     module = tvm.IRModule({"main": te.create_prim_func([x, te.compute(x.shape, lambda i: te.exp(x[i]), "y")])})
     library = tvm.compile(module, target=tvm.target.Target("llvm"))
     values = np.linspace(-9, 11, 4096).astype(dtype) if dtype == "float16" else np.linspace(-87, 88, 4096).astype(dtype)
-    values[:3] = [np.nan, np.inf, 0]
+    values[:5] = [np.nan, np.inf, 0, -1e4, 1e4]
     found = tvm.runtime.tensor(np.zeros_like(values))
     library["main"](tvm.runtime.tensor(values), found)
-    exact = np.exp(values[3:].astype(np.float64))
-    assert np.abs(found.numpy()[3:] / exact - 1).max() <= error
+    exact = np.exp(values[5:].astype(np.float64))
+    assert np.abs(found.numpy()[5:] / exact - 1).max() <= error
     assert not np.isfinite(found.numpy()[:2]).any()
-    assert found.numpy()[2] == 1
+    assert found.numpy()[2:5].tolist() == [1, 0, np.inf]
 
 
 def attended(queries: Floats, keys: Floats, values: Floats, past: int) -> Floats:
@@ -230,37 +232,62 @@ def turned(x: Floats, positions: Floats, rotated: int, theta: float) -> Floats:
     return np.concatenate([first * cosine - second * sine, second * cosine + first * sine, x[..., rotated:]], axis=2)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize(("heads", "kv_heads", "size", "rotated"), [(7, 1, 64, 64), (4, 2, 128, 128), (6, 3, 24, 8)])
-def test_attention_over_blocks_is_attention(heads: int, kv_heads: int, size: int, rotated: int, dtype: str) -> None:
-    """A prompt in two chunks and two tokens, across the ends of blocks; what lies behind is garbage."""
-    from edgeq.backends.mlc.cpu.attention import Cache
+@cache
+def attention(
+    name: str, tokens: int | str, heads: int, kv_heads: int, size: int, rotated: int, dtype: str
+) -> Callable[..., Floats]:
+    """Attention over a cache that the caller holds."""
+    from edgeq.backends.mlc.cpu import attention, lanes
 
-    blocks, theta = 4, 1e4
-
-    def graph(tokens: int | str) -> Any:
+    words, _, index = PROCESSORS[name]
+    with mock.patch.object(attention, "dot", return_value=lanes.DOTS[index]):
         return compiled(
-            tvm.target.Target("llvm"),
-            lambda qkv, past, keys, values: Cache(past, [keys, values], theta, rotated).attention_with_fused_qkv(
-                0, qkv, heads, size**-0.5
-            ),
+            tvm.target.Target({"kind": "llvm", **words}),
+            lambda qkv, past, keys, values: attention.Cache(
+                past, [keys, values], THETA, rotated
+            ).attention_with_fused_qkv(0, qkv, heads, size**-0.5),
             qkv=([1, tokens, heads + 2 * kv_heads, size], "float32"),
             past=([1], "int32"),
             keys=([kv_heads, "blocks", size, 16], dtype),
             values=([kv_heads, "blocks", 16, size], dtype),
         )
 
-    several, one = graph("n"), graph(1)
-    random = np.random.default_rng(size)
-    everything = random.normal(0, 1, (51, heads + 2 * kv_heads, size)).astype(np.float32)
+
+def in_chunks(qkv: Floats, ends: Sequence[int], *shape: Any, name: str = "plain") -> Floats:
+    """Outputs for chunks of a prompt that end there; what lies behind is garbage."""
+    _, kv_heads, size, _, dtype = shape
+    blocks = -(-len(qkv) // 16)
     keys = tvm.runtime.tensor(np.full((kv_heads, blocks, size, 16), np.nan, dtype))
     values = tvm.runtime.tensor(np.full((kv_heads, blocks, 16, size), np.nan, dtype))
-    positions = np.arange(51)
-    q = turned(everything[:, :heads].astype(np.float64), positions, rotated, theta)
-    k = turned(everything[:, heads : heads + kv_heads].astype(np.float64), positions, rotated, theta)
-    wanted = attended(q, k, everything[:, heads + kv_heads :], 0)
-    for start, end in [(0, 19), (19, 49), (49, 50), (50, 51)]:
-        run = one if end - start == 1 else several
-        found = run(everything[None, start:end], np.array([start], np.int32), keys, values)
-        error = np.abs(found[0] - wanted[start:end]).max()
-        assert error <= (2e-5 if dtype == "float32" else 3e-3), (start, error)
+    found = []
+    for start, end in itertools.pairwise([0, *ends]):
+        run = attention(name, 1 if end - start == 1 else "n", *shape)
+        found.append(run(qkv[None, start:end], np.array([start], np.int32), keys, values)[0])
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "rotated"), [(7, 1, 64, 64), (4, 2, 128, 128), (6, 3, 24, 8)])
+def test_attention_over_blocks_is_attention_with_the_same_bits_for_any_chunks(
+    processor: str, heads: int, kv_heads: int, size: int, rotated: int, dtype: str
+) -> None:
+    shape, positions = (heads, kv_heads, size, rotated, dtype), np.arange(157)
+    qkv = np.random.default_rng(size).normal(0, 1, (157, heads + 2 * kv_heads, size)).astype(np.float32)
+    q = turned(qkv[:, :heads].astype(np.float64), positions, rotated, THETA)
+    k = turned(qkv[:, heads : heads + kv_heads].astype(np.float64), positions, rotated, THETA)
+    found = in_chunks(qkv, [19, 63, 64, 66, 140, 141, 157], *shape, name=processor)
+    error = np.abs(found - attended(q, k, qkv[:, heads + kv_heads :], 0)).max()
+    assert error <= (2e-5 if dtype == "float32" else 3e-3)
+    alone = in_chunks(qkv, range(1, 158), *shape, name=processor)
+    np.testing.assert_array_equal(found, alone)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("part", [0, 2, 3], ids=["query", "key", "value"])
+def test_what_is_not_finite_is_seen_by_the_tokens_that_see_it(part: int, value: float) -> None:
+    qkv = np.random.default_rng(part).normal(0, 1, (5, 4, 16)).astype(np.float32)
+    qkv[2, part, 3] = value
+    spoilt = [False, False, True, False, False] if part == 0 else [False, False, True, True, True]
+    for ends in ([5], range(1, 6)):
+        found = in_chunks(qkv, ends, 2, 1, 16, 16, "float32")
+        assert np.isfinite(found).all((1, 2)).tolist() == [not each for each in spoilt]

@@ -358,12 +358,26 @@ def test_several_tokens_have_the_logits_of_each_alone(opened: Open, index: int) 
     np.testing.assert_array_equal(np.concatenate(found), wanted)
 
 
-def test_tokens_outside_the_vocabulary_are_refused(opened: Open) -> None:
-    session = opened(QUICK[1])
+def test_tokens_outside_the_vocabulary_are_refused_and_nothing_is_lost(opened: Open) -> None:
+    session = opened(QUICK[3])
+    wanted = led.straight(session, IDS[:20], IDS[20:24])
+    session.begin(led.ROOM)
+    session.advance(IDS[:20])
+    session.advance([*IDS[20:22], 1, 2], 4)
+    session.rewind(2)
     for wrong in (-1, 288):
-        with pytest.raises(UsageFault, match=f"token {wrong} is not in the vocabulary of 288"):
-            session.logits([3, wrong, 5])
-    assert session.logits([3, 5]).shape == (2, 288)
+        refused = f"token {wrong} is not in the vocabulary of 288"
+        with pytest.raises(UsageFault, match=refused):
+            session.advance([wrong])
+        with pytest.raises(UsageFault, match=refused):
+            session.advance([4] * 300 + [wrong])
+        with pytest.raises(UsageFault, match="322 tokens do not fit the 256"):
+            session.advance([4] * 300)
+    np.testing.assert_array_equal(session.advance(IDS[22:24], 2), wanted[2:])
+    with pytest.raises(UsageFault, match="token 288 is not"):
+        session.logits([3, 288])
+    with pytest.raises(UsageFault, match="token 288 is not"):
+        next(session.generate([288], 2))
 
 
 def test_states_without_history_cannot_be_left(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:

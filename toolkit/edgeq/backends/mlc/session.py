@@ -59,6 +59,7 @@ class MlcSession:
 
     def generate(self, ids: Sequence[int], tokens: int) -> Iterator[int]:
         """Greedy continuation; end-of-sequence tokens are not special here."""
+        self._refuse_unknown(ids)
         self._reset(len(ids) + tokens)
         logits = self._prefill(ids)
         for _ in range(tokens - 1):
@@ -69,6 +70,7 @@ class MlcSession:
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits after each token, shape [len(ids), vocabulary]."""
+        self._refuse_unknown(ids)
         self._reset(len(ids))
         found = np.empty((len(ids), self._model.vocab), np.float32)
         for start in range(0, len(ids), self._verify_chunk):
@@ -90,7 +92,11 @@ class MlcSession:
         self._again: list[int] = []
 
     def advance(self, ids: Sequence[int], keep: int = 1) -> NDArray[np.float32]:
-        """Logits [keep, vocabulary] after the last of some tokens."""
+        """Logits [keep, vocabulary] after the last of some tokens; a refused call changes nothing."""
+        self._refuse_unknown(ids)
+        total = self._past + len(self._again) + len(ids)
+        if self._plain and total > self._capacity:
+            raise UsageFault(f"{total} tokens do not fit the {self._capacity} that this session began with")
         if len(self._again) > DRAFT:
             self._prefill(self._again)
             self._again = []
@@ -113,6 +119,10 @@ class MlcSession:
     def close(self) -> None:
         """Release weights, cache and states."""
         self._kv, self._recurrent, self._states, self._parameters = None, None, [], None
+
+    def _refuse_unknown(self, ids: Sequence[int]) -> None:
+        if outside := [token for token in ids if not 0 <= token < self._model.vocab]:
+            raise UsageFault(f"token {outside[0]} is not in the vocabulary of {self._model.vocab}")
 
     def _function(self, *names: str) -> Any:
         for name in names:
@@ -206,8 +216,6 @@ class MlcSession:
 
     def _run(self, function: Any, ids: Sequence[int], *positions: Any) -> NDArray[np.float32]:
         """Run some tokens after those already seen; logits [positions, vocabulary]."""
-        if outside := [token for token in ids if not 0 <= token < self._model.vocab]:
-            raise UsageFault(f"token {outside[0]} is not in the vocabulary of {self._model.vocab}")
         shape = self._runtime.ShapeTuple
         tokens = self._runtime.tensor(np.array(ids, np.int32), self._device)
         x = self._functions["embed"](tokens, self._parameters)
@@ -215,10 +223,6 @@ class MlcSession:
         for state in self._caches():
             self._builtin("kv_state_begin_forward")(state, shape([0]), shape([len(ids)]))
         own = [self._states] if self._states else []
-        if self._plain and self._past + len(ids) > self._capacity:
-            raise UsageFault(
-                f"{self._past + len(ids)} tokens do not fit the {self._capacity} that this session began with"
-            )
         if self._plain:
             own.insert(0, [self._tensor(np.array([self._past], np.int32)), *self._kv])
         result = function(x, *positions, *self._caches(), *own, self._parameters)

@@ -1,4 +1,4 @@
-"""Attention over keys and values in one piece: one sequence, a block of 16 positions at a time.
+"""Attention over keys and values in one piece: one sequence, in blocks of 16 positions, four at a time.
 
 Keys are [kv heads, blocks, size, 16], a lane to each position, so that scores need no sums across lanes; values are
 [kv heads, blocks, 16, size]. Both are float32 or float16, all arithmetic is float32.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -20,9 +20,9 @@ from tvm.script import tirx as T
 
 from edgeq.backends.mlc.cpu.lanes import LANES, at, call, dot, exponential, is_one, kind, spread, tokens
 
-_BLOCKS = 4  # in a span, beside whose scores weights are taken
-_SPAN = _BLOCKS * LANES
-_STREAMS = 8
+_BLOCKS = 4
+_SPAN = _BLOCKS * LANES  # positions that one largest score is sought of
+_STREAMS = 8  # sums of one token, which waits for memory: more than registers hold, since that reads it faster
 _HIDDEN = -1e30
 
 
@@ -58,8 +58,8 @@ class Cache:
         store = _storing(heads, kv_heads, int(size), half, stored, one=is_one(n))
         queries, keys, values = op.tensor_ir_inplace_op(store, "store", given, [-1, 3, 4], [shape, *like])
         self._tensors[2 * slot : 2 * slot + 2] = [keys, values]
-        together = dot(tvm.target.Target.current(allow_none=False)).tokens
-        attend = _attending(together, heads, kv_heads, int(size), stored, scale, one=is_one(n))
+        room = _STREAMS if is_one(n) else dot(tvm.target.Target.current(allow_none=False)).tokens
+        attend = _attending(room, heads, kv_heads, int(size), stored, scale, one=is_one(n))
         return op.astype(op.tensor_ir_op(attend, "attend", [queries, self._past, keys, values], shape), qkv.dtype)
 
 
@@ -140,13 +140,11 @@ def _attending(room: int, heads: int, kv_heads: int, size: int, dtype: str, scal
     """A task for each kv head and a few tokens: softmax is carried along spans (Dao et al. 2022, arXiv:2205.14135).
 
     A number is summed in the same order however many tokens there are, so that what was drafted is checked bit by bit;
-    several sums run side by side, since additions wait for each other: `room` of 16 lanes, or for one token, which
-    waits for memory, as many as read it well.
+    `room` sums of 16 lanes run side by side, since additions wait for each other.
     """
     count, _ = tokens(one=one)
     blocks = tirx.Var("blocks", "int64")
     each = heads // kv_heads
-    room = _STREAMS if one else room
     together = 1 if one else max(1, room // each)
     queries = together * each
     near = math.gcd(_BLOCKS, max(1, room // queries))  # blocks of keys
@@ -205,13 +203,24 @@ def _attending(room: int, heads: int, kv_heads: int, size: int, dtype: str, scal
                 value = out[at(row * size + i + part * wide, wide)] * spread(fade[row], wide)
                 T.buffer_store(mixed, value, [at((part * queries + row) * wide, wide)])
 
-    def mix(mixed: Any, scores: Any, v: Any, head: Any, block: Any, place: Any, i: Any) -> None:
+    def mix(
+        mixed: Any, scores: Any, v: Any, head: Any, block: Any, place: Any, i: Any, rows: Iterable[int] = range(queries)
+    ) -> None:
         for part in range(sums):
             values = load(v, (head, block + place // LANES, place % LANES, i + part * wide), wide)
-            for row in range(queries):
+            for row in rows:
                 index = [at((part * queries + row) * wide, wide)]
                 value = T.BufferLoad(mixed, index) + values * spread(scores[row * _SPAN + place], wide)
                 T.buffer_store(mixed, value, index)
+
+    def mix_seen(
+        mixed: Any, scores: Any, v: Any, head: Any, block: Any, place: Any, i: Any, past: Any, first: Any
+    ) -> None:
+        """The same where some tokens are too early: what they must not see may be infinite."""
+        for row in range(queries):
+            seen = block * LANES + place <= T.Cast("int64", past[0]) + token(first, row)
+            with T.If(seen), T.Then():
+                mix(mixed, scores, v, head, block, place, i, [row])
 
     def back(mixed: Any, out: Any, i: Any) -> None:
         for part in range(sums):
@@ -233,6 +242,7 @@ def _attending(room: int, heads: int, kv_heads: int, size: int, dtype: str, scal
             for task in T.parallel(kv_heads * ((count + (together - 1)) // together)):
                 first = T.alloc_buffer((1,), "int64")
                 end = T.alloc_buffer((1,), "int64")
+                ends = T.alloc_buffer((2,), "int64")  # in a span: of what all tokens see, and of all
                 best = T.alloc_buffer((queries,), "float32")
                 fade = T.alloc_buffer((queries,), "float32")
                 total = T.alloc_buffer((queries * LANES,), "float32")
@@ -254,10 +264,24 @@ def _attending(room: int, heads: int, kv_heads: int, size: int, dtype: str, scal
                             multiply(q, k, dots, task % kv_heads, first[0], block, (end[0] - 1) // LANES, i)
                         score(dots, scores, past, first[0], block)
                     weigh(scores, best, total, fade)
+                    ends[1] = T.min(_SPAN, end[0] - span * _SPAN)
+                    ends[0] = T.max(0, T.min(ends[1], T.Cast("int64", past[0]) + first[0] + 1 - span * _SPAN))
                     for i in T.serial(size // (wide * sums)):
                         fold(mixed, out, fade, i * wide * sums)
-                        for place in T.serial(T.min(_SPAN, end[0] - span * _SPAN)):
+                        for place in T.serial(ends[0]):
                             mix(mixed, scores, v, task % kv_heads, span * _BLOCKS, place, i * wide * sums)
+                        for place in T.serial(ends[0], ends[1]):
+                            mix_seen(
+                                mixed,
+                                scores,
+                                v,
+                                task % kv_heads,
+                                span * _BLOCKS,
+                                place,
+                                i * wide * sums,
+                                past,
+                                first[0],
+                            )
                         back(mixed, out, i * wide * sums)
                 for row in T.unroll(queries):
                     if first[0] + row // each < count:

@@ -59,7 +59,7 @@ def kind(dtype: str, lanes: int = LANES) -> str:
 
 
 def is_one(n: Any) -> bool:
-    """Whether an axis of tokens has the size 1, not any."""
+    """Whether an axis of tokens is decoding's, of the only size that is known when kernels are compiled."""
     return isinstance(n, tirx.IntImm | int)
 
 
@@ -81,7 +81,7 @@ def prefetch(buffer: Any, *index: Any) -> None:
 
 
 def exponential(x: Any, lanes: int = LANES) -> Any:
-    """exp of float32 lanes; 1e-38 below -87, 1.7e38 above 88, NaN of NaN and infinities.
+    """exp of float32 lanes; 0 below -87.7, infinite above 88.3, NaN of NaN and infinities.
 
     Argument reduction and polynomial of Cephes' expf (Moshier 1989), within 2 units in the last place.
     """
@@ -90,7 +90,7 @@ def exponential(x: Any, lanes: int = LANES) -> Any:
         return spread(T.float32(value), lanes)
 
     floats = kind("float32", lanes)
-    held = T.max(T.min(x, number(88.0)), number(-87.0))
+    held = T.max(T.min(x, number(89.0)), number(-88.0))
     power = call("llvm.nearbyint", floats, held * number(1.44269504088896341))
     rest = held - power * number(0.693359375) - power * number(-2.12194440e-4)
     value = number(1.9875691500e-4)
@@ -98,7 +98,8 @@ def exponential(x: Any, lanes: int = LANES) -> Any:
         value = value * rest + number(each)
     value = value * rest * rest + rest + number(1.0)
     exponent = (T.Cast(kind("int32", lanes), power) + spread(T.int32(127), lanes)) << spread(T.int32(23), lanes)
-    return value * T.reinterpret(floats, exponent) + (x - x)
+    same = T.reinterpret(floats, T.reinterpret(kind("int32", lanes), x))  # TVM takes x - x for 0, which NaN's is not
+    return value * T.reinterpret(floats, exponent) + (same - x)
 
 
 def _lowered(expression: Any) -> Any:

@@ -20,7 +20,7 @@ _BYTE = 8
 _ALL_BYTES = 0x01010101
 _SMALLEST = 1e-37  # scale with a finite inverse
 _WORDS = BLOCK // 4  # of activations in a block
-_AHEAD = 32  # lines of a cache: 2 KB, beyond what processors fetch by themselves across pages
+_AHEAD = 32  # lines of a cache, 2 KB: processors fetch ahead by themselves too, but stop where pages end
 
 
 def matmul(x: Tensor, words: Tensor, scales: Tensor, bits: int) -> Tensor:
@@ -117,8 +117,9 @@ def _product(how: Dot, inputs: int, outputs: int, bits: int, groups: int, dtype:
 
     def fetch(w: Any, row: Any, block: Any) -> None:
         """What is read next, where weights are read once and memory is what is waited for."""
-        for word in range(bits if one else 0):
-            prefetch(w, row // LANES, block + _AHEAD // bits, word, 0)
+        if one:
+            for word in range(bits):
+                prefetch(w, row // LANES, block + _AHEAD // bits, word, 0)
 
     def unpack(codes: Any, w: Any, row: Any, block: Any) -> None:
         """Codes of a block, a vector for each word of activations."""
