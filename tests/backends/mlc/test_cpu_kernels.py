@@ -266,8 +266,16 @@ def in_chunks(qkv: Floats, ends: Sequence[int], *shape: Any, name: str = "plain"
     return np.concatenate(found)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
-@pytest.mark.parametrize(("heads", "kv_heads", "size", "rotated"), [(7, 1, 64, 64), (4, 2, 128, 128), (6, 3, 24, 8)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "rotated", "dtype"),
+    [
+        (7, 1, 64, 64, "float16"),
+        (6, 3, 24, 8, "float32"),
+        pytest.param(4, 2, 128, 128, "float16", marks=pytest.mark.slow),
+        pytest.param(4, 2, 128, 128, "float32", marks=pytest.mark.slow),
+        pytest.param(6, 3, 24, 8, "float16", marks=pytest.mark.slow),
+    ],
+)
 def test_attention_over_blocks_is_attention_with_the_same_bits_for_any_chunks(
     processor: str, heads: int, kv_heads: int, size: int, rotated: int, dtype: str
 ) -> None:
