@@ -6,10 +6,9 @@ Keys are [kv heads, blocks, size, 16], a lane to each position, so that scores n
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, reduce
 from typing import Any
 
 import numpy as np
@@ -147,9 +146,10 @@ def _attending(room: int, heads: int, kv_heads: int, size: int, dtype: str, scal
     each = heads // kv_heads
     together = 1 if one else max(1, room // each)
     queries = together * each
-    near = math.gcd(_BLOCKS, max(1, room // queries))  # blocks of keys
+    side = max(1, room // queries)
+    near = math.gcd(_BLOCKS, side)  # blocks of keys
     wide = math.gcd(size, LANES)
-    sums = math.gcd(size // wide, max(1, room // queries))  # parts of values
+    sums = math.gcd(size // wide, side)  # parts of values
 
     def load(buffer: Any, index: Sequence[Any], lanes: int) -> Any:
         return T.Cast(kind("float32", lanes), T.BufferLoad(buffer, [*index[:-1], at(index[-1], lanes)]))
@@ -185,7 +185,7 @@ def _attending(room: int, heads: int, kv_heads: int, size: int, dtype: str, scal
         T.buffer_store(fade, T.BufferLoad(best, every), every)
         places = [[[at(row * _SPAN + block * LANES)] for block in range(_BLOCKS)] for row in range(queries)]
         for row in range(queries):
-            highest = functools.reduce(T.max, (T.BufferLoad(scores, place) for place in places[row]))
+            highest = reduce(T.max, (T.BufferLoad(scores, place) for place in places[row]))
             found = call("llvm.vector.reduce.fmax", "float32", highest)
             T.buffer_store(best, T.max(best[row], found), [row])
         worth = exponential(T.BufferLoad(fade, every) - T.BufferLoad(best, every), queries)
